@@ -1,0 +1,1 @@
+"""The networks themselves: transformer and autoencoder, under the names of the original checkpoints."""

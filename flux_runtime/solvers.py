@@ -1,0 +1,23 @@
+"""Solvers of the flow: one step from sigma to sigma_next. `velocity(x, sigma)` asks the guided model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .sampling import Step
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def euler(velocity: Velocity, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """First order. Returns x at sigma_next and the clean estimate; the sum is made in float32 and rounded once."""
+    v = velocity(x, step.sigma)
+    return advance(x, v, step.sigma_next - step.sigma), advance(x, v, -step.sigma)
+
+
+def advance(x: Tensor, v: Tensor, distance: float) -> Tensor:
+    """x + distance * v. The distance is a tensor because that fixes how half types round the product, as the oracle's."""
+    return (x.float() + torch.tensor(distance, dtype=torch.float32) * v).to(v.dtype)

@@ -1,0 +1,1 @@
+"""Prompts to conditioning: CLIP and T5, by transformers."""

@@ -1,0 +1,99 @@
+"""The VAE as nodes and recipes use it: pictures (B, H, W, 3) in 0..1 <-> raw latents (B, 16, H/8, W/8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import FluxError
+from .model.vae import AutoEncoder, VaeParams
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """The affine map between raw latents, as the VAE gives them, and those that the transformer works on."""
+
+    channels: int = 16
+    factor: int = 8
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+    @property
+    def multiple(self) -> int:
+        """Picture sides must be multiples of this: a latent is `factor` pixels and a token 2x2 latents."""
+        return 2 * self.factor
+
+    def to_model(self, raw: Tensor) -> Tensor:
+        return (raw - self.shift) * self.scale
+
+    def to_raw(self, latents: Tensor) -> Tensor:
+        return latents / self.scale + self.shift
+
+
+class Vae:
+    """A shared handle (the `FLUX_VAE` edge); it is never changed once made."""
+
+    def __init__(self, model: AutoEncoder) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def params(self) -> VaeParams:
+        return self.model.params
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.decoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.decoder.conv_in.weight.dtype
+
+    @cached_property
+    def latent_format(self) -> LatentFormat:
+        p = self.params
+        return LatentFormat(p.z_channels, p.factor, p.scale, p.shift)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """(B, H, W, 3) in 0..1 -> raw latents; the mean of the distribution, or a sample where a generator is given."""
+        height, width = images.shape[1:3]
+        multiple = self.latent_format.multiple
+        if height % multiple or width % multiple or not height or not width:
+            raise FluxError(f"a picture of {width}x{height} cannot be encoded: both sides must be multiples of {multiple}")
+        pixels = images[..., :3].permute(0, 3, 1, 2).to(self.device, self.dtype) * 2 - 1
+        return self.model.encode(pixels, generator)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents -> (B, H, W, 3) float32 in 0..1, on the CPU."""
+        if latents.ndim != 4 or latents.shape[1] != self.params.z_channels:
+            raise FluxError(
+                f"this VAE decodes latents of shape (batch, {self.params.z_channels}, height, width); got {tuple(latents.shape)}"
+            )
+        pixels = self.model.decode(latents.to(self.device, self.dtype))
+        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+
+    @cached_property
+    def preview_factors(self) -> tuple[Tensor, Tensor]:
+        """(channels, 3) weights and (3,) bias that turn model-space latents into a small picture in 0..1.
+
+        Fitted by least squares to this VAE's own latents of soft colour fields; made once, when first asked for.
+        """
+        fields = _colour_fields(12, 8 * self.params.factor)
+        latents = self.latent_format.to_model(self.encode(fields)).float().cpu()
+        colours = F.avg_pool2d(fields.permute(0, 3, 1, 2), self.params.factor)
+        rows = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+        design = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        fit = torch.linalg.lstsq(design, colours.permute(0, 2, 3, 1).reshape(-1, 3), driver="gelsd").solution
+        return fit[:-1], fit[-1]
+
+
+def _colour_fields(count: int, side: int) -> Tensor:
+    """(count, side, side, 3) pictures of softly changing random colours, always the same ones."""
+    grid = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=True)
+    return smooth.permute(0, 2, 3, 1)

@@ -1,0 +1,189 @@
+"""From a component's tensors to a module: made on the meta device, checked by name and shape, then filled without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FluxError
+from ..model.transformer import FluxTransformer
+from ..model.vae import AutoEncoder
+from . import keys, shapes
+from .contents import Component
+from .files import stored_bytes
+from .report import PartReport, listed
+
+Tick = Callable[[float], None]  # told the fraction of a component that is loaded
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a component's tensors and the module's own names agree."""
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]  # under the names of the file's layout
+    unused: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+
+def skeleton(component: Component) -> nn.Module:
+    """The module that these tensors belong to, on the meta device: no memory is taken for weights."""
+    make = {"transformer": _transformer, "vae": _vae, "clip": _clip, "t5": _t5}[component.kind]
+    with torch.device("meta"):
+        return make(component).eval().requires_grad_(False)
+
+
+def _transformer(component: Component) -> nn.Module:
+    return FluxTransformer(shapes.transformer_params(component))
+
+
+def _vae(component: Component) -> nn.Module:
+    return AutoEncoder(shapes.vae_params(component))
+
+
+def _configured(component: Component, config_class: str, arguments: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, config_class)(**arguments)
+    except Exception as error:  # transformers checks configs with exceptions of many kinds
+        raise FluxError(f"{shapes.where(component)}: its config.json does not describe a {component.kind}: {error}") from error
+
+
+def _clip(component: Component) -> nn.Module:
+    config = _configured(component, "CLIPTextConfig", shapes.clip_config(component))
+    if config.hidden_size % config.num_attention_heads:
+        raise FluxError(f"{shapes.where(component)}: a width of {config.hidden_size} does not divide into {config.num_attention_heads} heads")
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(config)
+
+
+def _t5(component: Component) -> nn.Module:
+    config = _configured(component, "T5Config", shapes.t5_config(component))
+    from transformers import T5EncoderModel
+
+    return T5EncoderModel(config)
+
+
+def plain_name(kind: str, name: str) -> str:
+    """The component's own spelling of a module's tensor: transformers before 5 has `text_model.` in CLIP's names."""
+    return name.removeprefix("text_model.") if kind == "clip" else name
+
+
+def wanted(component: Component, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors a module waits for, by its own names; T5's second name of its embedding is left out."""
+    state = module.state_dict()
+    if component.kind == "t5":
+        state.pop("encoder.embed_tokens.weight", None)
+    return {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+
+
+def compare(component: Component, module: nn.Module) -> Fit:
+    """What is there, what is not, and what has another shape."""
+    expected = {plain_name(component.kind, name): tuple(t.shape) for name, t in wanted(component, module).items()}
+    have = component.tensors
+    used = tuple(name for name in expected if name in have)
+    missing = [part for name in expected if name not in have for part in _foreign(component, name)]
+    unused = (*component.unknown, *(part for name in have if name not in expected for part in _sources(component, name)))
+    misshapen = tuple(
+        f"{name} {list(have[name].shape)} instead of {list(expected[name])}" for name in used if have[name].shape != expected[name]
+    )
+    return Fit(used, tuple(missing), unused, misshapen)
+
+
+def _foreign(component: Component, name: str) -> list[str]:
+    """The names under which the file should have had a tensor."""
+    if component.layout != "diffusers":
+        return [name]
+    if name in component.incomplete:
+        return component.incomplete[name]
+    table = keys.TRANSFORMER if component.kind == "transformer" else keys.VAE
+    levels = {n.split(".")[2] for n in component.tensors if n.startswith("decoder.up.")}
+    return table.foreign_names(name, last=max(len(levels) - 1, 0)) or [name]
+
+
+def _sources(component: Component, name: str) -> list[str]:
+    return [stored.name for stored in component.tensors[name].sources]
+
+
+def describe(component: Component, fit: Fit, note: str = "") -> PartReport:
+    """The part of the report about a component."""
+    by_type: dict[str, int] = {}
+    for tensor in component.tensors.values():
+        for stored in dict.fromkeys(tensor.sources):
+            by_type[stored.dtype] = by_type.get(stored.dtype, 0) + stored.nbytes
+    held = {stored.name: stored.parameters for tensor in component.tensors.values() for stored in tensor.sources}
+    used = {stored.name for name in fit.used for stored in component.tensors[name].sources}
+    return PartReport(
+        component.kind,
+        component.layout,
+        component.files,
+        dict(sorted(by_type.items(), key=lambda item: -item[1])),
+        sum(held.values()),
+        len(used),
+        fit.unused,
+        component.spare,
+        fit.missing,
+        note,
+    )
+
+
+def refuse_unfit(component: Component, fit: Fit) -> None:
+    """A `FluxError` unless every tensor of the module is there in its shape."""
+    place = shapes.where(component)
+    if component.quantised:
+        raise FluxError(
+            f"{place}: the {component.kind} is stored as {component.quantised}, which cannot be loaded yet; "
+            "use the bf16, fp16 or plain fp8 file of the same model"
+        )
+    if fit.missing:
+        raise FluxError(
+            f"{place} is not a whole {component.kind}: it lacks {listed(fit.missing)}; download it again, "
+            "or load the parts from files of their own with LoadFluxParts (load_parts)"
+        )
+    if fit.misshapen:
+        raise FluxError(f"{place}: the {component.kind} has tensors of the wrong shape, {listed(fit.misshapen)}; it is damaged or another model")
+
+
+def fill(component: Component, module: nn.Module, device: torch.device, dtype: torch.dtype, tick: Tick | None = None) -> nn.Module:
+    """Put the tensors into the skeleton; those that already have dtype and device stay the mapped file's memory."""
+    names, state = wanted(component, module), {}
+    total, done = max(stored_bytes(component.tensors), 1), 0
+    for name in names:
+        tensor = component.tensors[plain_name(component.kind, name)]
+        state[name] = tensor.read(device, _dtype_of(component.kind, name, dtype))
+        done += sum(stored.nbytes for stored in tensor.sources)
+        if tick:
+            tick(min(done / total, 1.0))
+    if component.kind == "t5" and "encoder.embed_tokens.weight" in module.state_dict():
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    module.load_state_dict(state, assign=True, strict=not _has_position_ids(module))
+    _finish(module, device)
+    return module.requires_grad_(False)
+
+
+def _dtype_of(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
+    """T5's last feed-forward matrix overflows float16, so it stays float32, as transformers has it."""
+    return torch.float32 if kind == "t5" and dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+
+
+def _has_position_ids(module: nn.Module) -> bool:
+    return any(name.endswith("position_ids") for name in module.state_dict())
+
+
+def _finish(module: nn.Module, device: torch.device) -> None:
+    """Give real memory to the one buffer that no file holds, and share T5's embedding between its two names."""
+    for part in module.modules():
+        ids = getattr(part, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            part.position_ids = torch.arange(ids.shape[-1], device=device).expand(ids.shape)
+    if hasattr(module, "shared") and hasattr(module, "encoder"):
+        module.encoder.embed_tokens = module.shared
+    unfilled = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    if unfilled:
+        raise RuntimeError(f"tensors without memory after loading: {listed(unfilled)}")

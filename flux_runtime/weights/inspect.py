@@ -1,0 +1,103 @@
+"""What a checkpoint is, from headers alone: no tensor is read, and a repository is not downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import FluxError
+from ..variants import recognise
+from . import build, hub, shapes
+from .contents import Component, Contents, sort_out
+from .files import LazyTensor, read_json
+from .report import PartReport, Report, listed
+from .sources import DEMO, FOLDERS, LABELS, Sources, open_path, what_it_is
+
+
+def inspect(source: str | Path) -> Report:
+    """Report on `demo`, a file, a folder or a repository id; kinds that are not loaded are named for what they are."""
+    text = str(source).strip()
+    path = DEMO if text == "demo" else Path(text).expanduser()
+    if text and "\0" not in text and path.exists():
+        if path.is_file() and _starts_with(path, b"GGUF"):
+            return _gguf(path)
+        return _report(replace(open_path(path), name=text))
+    named = hub.split_source(text)
+    if named is None:
+        raise FluxError(f"there is no file or folder {text!r}, and it is no Hugging Face repository (owner/name); check the path")
+    return _report(_remote(*named))
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError as error:
+        raise FluxError(f"{path} cannot be read ({error.strerror or error}); check the path and its permissions") from error
+
+
+def _gguf(path: Path) -> Report:
+    size = path.stat().st_size
+    part = PartReport("GGUF", "quantised", (str(path),), {"GGUF": size}, 0, 0, note="cannot be loaded yet; use a .safetensors file")
+    return Report(str(path), (part,))
+
+
+def _report(sources: Sources) -> Report:
+    if not sources.components:
+        return Report(sources.name, (), notes=(what_it_is(sources),))
+    parts = tuple(_part(component) for component in sources.components.values())
+    lacking = [LABELS[kind] for kind in FOLDERS if kind not in sources.components]
+    notes = [f"not in it: {', '.join(lacking)}"] if lacking else []
+    notes += [f"unused: {listed(sources.leftover)}"] if sources.leftover else []
+    return Report(sources.name, parts, _variant(sources), tuple(notes))
+
+
+def _part(component: Component) -> PartReport:
+    """A damaged or quantised component is described too: its fault is the note."""
+    if component.quantised:
+        plain = build.Fit(tuple(component.tensors), (), component.unknown, ())
+        return build.describe(component, plain, f"stored as {component.quantised}; cannot be loaded yet")
+    try:
+        fit = build.compare(component, build.skeleton(component))
+    except FluxError as error:
+        return build.describe(component, build.Fit(tuple(component.tensors), (), component.unknown, ()), str(error))
+    note = f"wrong shapes: {listed(fit.misshapen)}" if fit.misshapen else ""
+    return build.describe(component, fit, note)
+
+
+def _variant(sources: Sources) -> str:
+    component = sources.components.get("transformer")
+    if component is None:
+        return ""
+    try:
+        return recognise(shapes.transformer_params(component), sources.hint).name
+    except FluxError:
+        return ""
+
+
+def _remote(repo: str, file: str) -> Sources:
+    listing = hub.list_repo(repo, file)
+    if listing.single:
+        tensors, metadata = hub.remote_tensors(repo, listing.single)
+        contents = sort_out(tensors, (f"{repo}/{listing.single}",), {}, metadata)
+        return Sources(repo, contents.components, hint=f"{repo} {file}", leftover=contents.leftover, foreign=contents.foreign)
+    components: dict[str, Component] = {}
+    for kind, folder in FOLDERS.items():
+        names = [name for name in listing.weights if name.startswith(folder + "/")]
+        if names:
+            contents = _remote_component(repo, folder, names, listing)
+            if kind in contents.components:
+                components[kind] = contents.components[kind]
+    return Sources(repo, components, hint=repo)
+
+
+def _remote_component(repo: str, folder: str, names: list[str], listing: hub.Listing) -> Contents:
+    tensors: dict[str, LazyTensor] = {}
+    for name in names:
+        tensors.update(hub.remote_tensors(repo, name)[0])
+    config: Mapping[str, Any] = {}
+    if f"{folder}/config.json" in listing.sizes:
+        config = read_json(hub.remote_json(repo, f"{folder}/config.json"))
+    return sort_out(tensors, tuple(f"{repo}/{name}" for name in names), config)

@@ -1,0 +1,184 @@
+"""Where a model's parts come from: the demo, a folder in diffusers layout, a single file, or files named one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import FluxError
+from . import hub
+from .contents import FOREIGN, KINDS, Component, Contents, sort_out
+from .files import WEIGHT_NAMES, component_files, open_tensors, read_json
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "weights"
+FOLDERS = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2", "vae": "vae"}
+LABELS = {"transformer": "transformer", "clip": "CLIP text encoder", "t5": "T5 text encoder", "vae": "VAE"}
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Parts found (headers read, no data yet), where tokenizers may lie, and what is known besides."""
+
+    name: str
+    components: Mapping[str, Component]
+    folders: tuple[Path, ...] = ()
+    scheduler: Mapping[str, Any] | None = None
+    hint: str = ""  # a name that may tell variants of equal shape apart
+    leftover: tuple[str, ...] = ()
+    foreign: str = ""
+    absent: tuple[str, ...] = field(default=())  # parts that a diffusers folder says it does not have
+
+
+def open_source(source: str | Path, progress: hub.Progress | None = None) -> Sources:
+    """Find the parts behind `demo`, a folder, a file or a repository id; a repository is downloaded."""
+    text = str(source).strip()
+    if text == "demo":
+        return replace(open_path(DEMO), name="demo", hint="demo")
+    path = Path(text).expanduser()
+    if not text or "\0" in text:
+        raise FluxError("no model is named; give 'demo', a folder, a .safetensors file or a Hugging Face repository (owner/name)")
+    if path.exists():
+        return open_path(path)
+    named = hub.split_source(text)
+    if named is None or isinstance(source, Path):
+        raise FluxError(f"there is no file or folder {text}, and it is no Hugging Face repository (owner/name); check the path")
+    repo, file = named
+    return replace(open_path(hub.fetch_model(repo, file, progress)), name=text, hint=f"{repo} {file}")
+
+
+def open_path(path: Path) -> Sources:
+    """The parts in a local folder or file."""
+    return open_folder(path) if path.is_dir() else open_file(path)
+
+
+def open_file(path: Path) -> Sources:
+    contents = read_contents([path], _config_beside(path))
+    return Sources(str(path), contents.components, (path.parent,), None, path.stem, contents.leftover, contents.foreign)
+
+
+def open_folder(folder: Path) -> Sources:
+    """A model in diffusers layout, or the folder of a single component."""
+    inside = {kind: folder / name for kind, name in FOLDERS.items() if (folder / name).is_dir()}
+    if not inside:
+        return _lone_component(folder)
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    absent = tuple(kind for kind, name in FOLDERS.items() if index.get(name) == [None, None])
+    components = {kind: open_component(path, kind) for kind, path in inside.items() if kind not in absent}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return Sources(
+        str(folder),
+        components,
+        (folder,),
+        read_json(scheduler) if scheduler.is_file() else None,
+        _folder_name(folder),
+        absent=absent,
+    )
+
+
+def _lone_component(folder: Path) -> Sources:
+    if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+        files = component_files(folder)
+        contents = read_contents(files, _config_of(folder))
+        return Sources(str(folder), contents.components, (folder, folder.parent), None, folder.name, contents.leftover, contents.foreign)
+    raise FluxError(
+        f"{folder} is no model: it has neither the folders of a diffusers model (transformer, vae, ...) nor a .safetensors file"
+    )
+
+
+def _folder_name(folder: Path) -> str:
+    """The telling part of a path: the download cache hides the repository's name two folders up."""
+    return folder.parents[1].name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else folder.name
+
+
+def open_component(path: Path, kind: str) -> Component:
+    """One part from its own file or folder (or from a file that has it among others)."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FluxError(f"the {LABELS[kind]} {path} does not exist; check the path")
+    if path.is_dir() and (path / FOLDERS[kind]).is_dir():
+        path = path / FOLDERS[kind]
+    files = component_files(path) if path.is_dir() else [path]
+    contents = read_contents(files, _config_of(path) if path.is_dir() else _config_beside(path))
+    if kind not in contents.components:
+        raise FluxError(f"{path} holds no {LABELS[kind]}: {what_it_is(contents)}")
+    component = contents.components[kind]
+    alone = len(contents.components) == 1
+    return replace(component, unknown=(*component.unknown, *contents.leftover)) if alone else component
+
+
+def what_it_is(contents: Contents) -> str:
+    """A clause that says what was found instead."""
+    if contents.foreign:
+        what = next(use for _, kind, use in FOREIGN if kind == contents.foreign)
+        return f"it is a {contents.foreign}, {what}"
+    if contents.components:
+        return "it holds " + " and ".join(f"a {LABELS[kind]}" for kind in contents.components)
+    names = ", ".join(contents.leftover[:3])
+    return f"its tensors ({names}, ...) are of no kind known here" if names else "it holds no tensors"
+
+
+def read_contents(files: Sequence[Path], config: Mapping[str, Any]) -> Contents:
+    """Sort the tensors of one component's files, or of one file with several parts, into parts."""
+    tensors, metadata = open_tensors(files)
+    return sort_out(tensors, tuple(map(str, files)), config, metadata)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The config of a file that carries a component folder's standard name; other files may stand beside anything."""
+    return _config_of(path.parent) if path.name.startswith(tuple(f"{name}." for name in WEIGHT_NAMES)) else {}
+
+
+def complete(sources: Sources, wanted: Mapping[str, Any], search: Sequence[Path]) -> Sources:
+    """Add the parts that a bare transformer lacks from model folders, choosing files whose sizes fit it.
+
+    `wanted` gives for each kind a test of a component; plain weights are preferred to fp8, and fp8 to what cannot be read.
+    """
+    lacking = [kind for kind in KINDS if kind not in sources.components and kind not in sources.absent]
+    if not lacking:
+        return sources
+    found: dict[str, list[Component]] = {kind: [] for kind in lacking}
+    for component in _components_in((*search, *sources.folders)):
+        if component.kind in found and wanted[component.kind](component):
+            found[component.kind].append(component)
+    chosen = {kind: min(list_, key=_readiness) for kind, list_ in found.items() if list_}
+    still = [LABELS[kind] for kind in lacking if kind not in chosen]
+    if still:
+        folders = ", ".join(map(str, search)) or "no model folders"
+        raise FluxError(
+            f"{sources.name} holds only the {' and '.join(LABELS[k] for k in sources.components)}; missing: {', '.join(still)} "
+            f"(looked in {folders}). Put them into the model folders, or name each file with LoadFluxParts (load_parts)"
+        )
+    return replace(sources, components={**sources.components, **chosen})
+
+
+def _readiness(component: Component) -> int:
+    """Lower is better; equal ones keep the order of their folders and names."""
+    eighths = any(tensor.dtype.startswith("F8") for tensor in component.tensors.values())
+    return 2 if component.quantised else 1 if eighths else 0
+
+
+def _components_in(folders: Sequence[Path]) -> Iterator[Component]:
+    """Every part of a model in some folders; files that cannot be read are passed over, they are not what was asked for."""
+    seen: set[Path] = set()
+    for folder in folders:
+        indexes = sorted(path.parent for path in folder.rglob("*.safetensors.index*.json"))
+        singles = sorted(path for path in folder.rglob("*.safetensors") if not re.search(r"-\d+-of-\d+", path.name))
+        for path in (*singles, *indexes):
+            if path in seen:
+                continue
+            seen.add(path)
+            try:
+                files = component_files(path) if path.is_dir() else [path]
+                contents = read_contents(files, _config_of(path) if path.is_dir() else _config_beside(path))
+            except FluxError:
+                continue
+            yield from contents.components.values()
