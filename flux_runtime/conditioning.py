@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import FluxError
 
+if TYPE_CHECKING:
+    from .conditions import Condition
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text as the transformer reads it: tokens (B, L, C) from T5 and a pooled vector (B, P) from CLIP."""
+    """Text or image tokens (B, L, C) and a pooled vector (B, P), as the transformer reads them.
+
+    `region` (H, W) in 0..1 says where the tokens count, `strength` how much attention they get (1: as they are).
+    """
 
     tokens: Tensor
     pooled: Tensor
+    region: Tensor | None = None
+    strength: float = 1.0
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Prompt:
-        return Prompt(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
+        return replace(self, tokens=self.tokens.to(device, dtype), pooled=self.pooled.to(device, dtype))
 
     def for_batch(self, count: int) -> Prompt:
         """One prompt serves any batch; several are repeated, each for as many pictures in a row."""
@@ -26,21 +35,31 @@ class Prompt:
         if have == 1:
             return self
         if count % have:
-            raise FluxError(f"{have} prompts cannot be shared out among {count} pictures; use 1 or a divisor of {count}")
-        return Prompt(*(t.repeat_interleave(count // have, dim=0) for t in (self.tokens, self.pooled)))
+            raise FluxError(
+                f"{have} prompts cannot be shared out among {count} pictures; use 1 or a divisor of {count}"
+            )
+        tokens, pooled = (t.repeat_interleave(count // have, dim=0) for t in (self.tokens, self.pooled))
+        return replace(self, tokens=tokens, pooled=pooled)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Prompts, and the guidance they ask for (None: what the model's makers recommend). Immutable: nodes return copies."""
+    """Prompts, conditions still unbound, and the guidance they ask for (None: what the model's makers recommend).
+
+    Immutable: a node returns a copy with one thing more. The order of the conditions does not matter.
+    """
 
     prompts: tuple[Prompt, ...]
     guidance: float | None = None
+    conditions: tuple[Condition, ...] = ()
 
-    def joined(self) -> Prompt:
-        """All prompts as one: tokens one after another, the first prompt's pooled vector."""
+    def plus(self, *conditions: Condition) -> Conditioning:
+        return replace(self, conditions=(*self.conditions, *conditions))
+
+    def for_canvas(self, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Prompt, ...]:
+        """The prompts where the model is, repeated for a batch of `count`, or one row where they are all alike."""
         if not self.prompts:
             raise FluxError("this conditioning holds no prompt; connect an Encode Prompt node to it")
-        if len(self.prompts) == 1:
-            return self.prompts[0]
-        return Prompt(torch.cat([p.tokens for p in self.prompts], dim=1), self.prompts[0].pooled)
+        ready = [prompt.to(device, dtype).for_batch(count) for prompt in self.prompts]
+        rows = max(len(p.tokens) for p in ready)
+        return tuple(replace(p, tokens=p.tokens.expand(rows, -1, -1), pooled=p.pooled.expand(rows, -1)) for p in ready)

@@ -23,17 +23,17 @@ def fit(images: Tensor, width: int = 0, height: int = 0, mode: str = "crop", mul
     if mode not in ROUNDING:
         raise FluxError(f"the fit mode {mode!r} is unknown; use {', '.join(ROUNDING)}")
     have = images.shape[2], images.shape[1]
-    asked = width, height
-    factors = [want / side for want, side in zip(asked, have) if want] or [1.0]
+    factors = [want / side for want, side in zip((width, height), have, strict=True) if want] or [1.0]
     factor = min(factors) if mode == "pad" else max(factors)
     scaled = [max(1, round(side * factor)) for side in have]
-    target = [_multiple(want or side, multiple, math.floor if want else ROUNDING[mode]) for want, side in zip(asked, scaled)]
+    target = _target(width, scaled[0], mode, multiple), _target(height, scaled[1], mode, multiple)
     bound = {"crop": max, "pad": min, "stretch": lambda _, want: want}[mode]
     return _centre(_resize(images, *map(bound, scaled, target)), *target)
 
 
-def _multiple(side: int, multiple: int, rounding: object) -> int:
-    return max(1, rounding(side / multiple)) * multiple
+def _target(asked: int, scaled: int, mode: str, multiple: int) -> int:
+    rounding = math.floor if asked else ROUNDING[mode]
+    return max(1, rounding((asked or scaled) / multiple)) * multiple
 
 
 def _resize(images: Tensor, width: int, height: int) -> Tensor:

@@ -4,81 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import solvers
+from .bind import Canvas, bind, negative_conditions, run_transformer
 from .conditioning import Conditioning
 from .errors import FluxError
 from .flux import FluxModel
 from .guidance import Cfg, Plain
 from .inpaint import KeepOutside, renoise
-from .layout import Layout, pack, unpack
-from .model.transformer import Context, FluxTransformer, Modulation
+from .layout import pack, unpack
 from .sampling import Guide, Solver, Step, denoise
 from .schedule import cut
 
 log = logging.getLogger("fluxcanvas")
 Watcher = Callable[[Step, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the transformer reads in one call, and which of its tokens are the canvas."""
-
-    img: Tensor
-    context: Context
-    modulation: Modulation
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A conditioning bound to a canvas: all that its steps share, and the modulation of each noise level."""
-
-    context: Context
-    modulation: Modulation
-    levels: dict[float, int]
-    layout: Layout
-
-    def __call__(self, x: Tensor, sigma: float, step: Step) -> Inputs:
-        return Inputs(x, self.context, self.modulation[self.levels[sigma]], self.layout)
-
-
-def bind(model: FluxModel, conditioning: Conditioning, shape: torch.Size, sigmas: Tensor, guidance: float) -> Bound:
-    """Prepare one branch for latents of `shape` (B, C, h, w) and for all these noise levels at once."""
-    transformer = model.transformer
-    prompt = conditioning.joined().to(model.device, model.dtype).for_batch(shape[0])
-    _check_prompt(model, prompt.tokens, prompt.pooled)
-    layout = Layout((prompt.tokens.shape[1],), shape[2], shape[3])
-    context = transformer.prepare(prompt.tokens, layout.ids())
-    levels = sigmas[:-1].to(model.device)[:, None]  # the last one is only arrived at
-    embedding = transformer.embed(levels, torch.tensor(guidance, device=model.device), prompt.pooled[None])
-    txt = context.txt.expand(shape[0], -1, -1)
-    indices = {sigma: index for index, sigma in enumerate(sigmas[:-1].tolist())}
-    return Bound(Context(txt, context.rope), transformer.modulate(embedding), indices, layout)
-
-
-def _check_prompt(model: FluxModel, tokens: Tensor, pooled: Tensor) -> None:
-    params = model.params
-    have, want = (tokens.shape[-1], pooled.shape[-1]), (params.context_in_dim, params.vec_in_dim)
-    if have != want:
-        raise FluxError(
-            f"the text encoders give T5 tokens of {have[0]} and a CLIP vector of {have[1]} numbers, but this model reads "
-            f"{want[0]} and {want[1]}: encode the prompt with the text encoders that belong to the model"
-        )
-
-
-def run_transformer(transformer: FluxTransformer) -> Callable[[Inputs], Tensor]:
-    """The model as the loop sees it: a branch's inputs -> the velocity of the canvas."""
-
-    def velocity(inputs: Inputs) -> Tensor:
-        return inputs.layout.canvas(transformer(inputs.img, inputs.context, inputs.modulation))
-
-    return velocity
 
 
 def make_noise(shape: Sequence[int], seed: int | Sequence[int]) -> Tensor:
@@ -136,11 +80,6 @@ def _check_latents(model: FluxModel, latents: Tensor) -> None:
     want = model.latent.channels
     if latents.ndim != 4 or latents.shape[1] != want:
         raise FluxError(f"FLUX.1 draws latents of shape (batch, {want}, height, width); got {tuple(latents.shape)}")
-    if model.params.in_channels != 4 * want:
-        raise FluxError(
-            f"a {model.variant.name} model reads {model.params.in_channels} channels, of which the canvas fills only "
-            f"{4 * want}: it needs its control or fill image beside the prompt; for a prompt alone load dev or schnell"
-        )
 
 
 def _tokens(model: FluxModel, latents: Tensor) -> Tensor:
@@ -160,11 +99,13 @@ def _guide(
     guidance: float | None,
     true_cfg_scale: float,
 ) -> Guide:
-    strength = _guidance(model, positive, guidance)
-    branch = bind(model, positive, shape, sigmas, strength)
+    where = shape[0], model.device, model.dtype
+    canvas = Canvas(model, shape, sigmas, positive.for_canvas(*where), _guidance(model, positive, guidance))
+    branch = bind(canvas, positive.conditions)
     if negative is None or true_cfg_scale <= 1:
         return Plain(branch)
-    return Cfg(branch, bind(model, negative, shape, sigmas, strength), true_cfg_scale)
+    other = replace(canvas, prompts=negative.for_canvas(*where), negative=True)
+    return Cfg(branch, bind(other, negative_conditions(positive, negative), branch), true_cfg_scale)
 
 
 def _guidance(model: FluxModel, conditioning: Conditioning, override: float | None) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from .errors import FluxError
 
 log = logging.getLogger("fluxcanvas")
 MAX_SIDE = 16384
+ImageLike = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -38,3 +40,46 @@ def drawable(width: int, height: int, multiple: int) -> tuple[int, int]:
     if fitted != (width, height):
         log.warning("%dx%d is not a multiple of %d; drawing %dx%d", width, height, multiple, *fitted)
     return fitted
+
+
+def as_images(images: ImageLike, width: int | None = None, height: int | None = None) -> Tensor:
+    """Pictures of any kind -> (B, H, W, 3) float32 in 0..1, at a size if one is given.
+
+    PIL pictures are resized with Lanczos as the oracle does; arrays and tensors, (B, H, W, 3) or (B, 3, H, W) in 0..1,
+    with antialiased bicubic.
+    """
+    if isinstance(images, (np.ndarray, Tensor)):
+        return _fitted(_channels_last(torch.as_tensor(images)), width, height)
+    batch = [images] if isinstance(images, Image.Image) else list(images)
+    size = (width or batch[0].width, height or batch[0].height)
+    return to_tensor([i.convert("RGB").resize(size, Image.Resampling.LANCZOS) for i in batch])
+
+
+def as_mask(masks: ImageLike, width: int, height: int) -> Tensor:
+    """Masks of any kind -> (B, height, width), 1 where white (0.5 and above), else 0."""
+    if isinstance(masks, (np.ndarray, Tensor)):
+        mask = torch.as_tensor(masks).float()
+        mask = mask.reshape(-1, 1, *mask.shape[-2:])
+        mask = F.interpolate(mask, size=(height, width))[:, 0]
+    else:
+        batch = [masks] if isinstance(masks, Image.Image) else list(masks)
+        grey = [np.asarray(m.convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
+        mask = torch.from_numpy(np.stack(grey)).float() / 255
+    return (mask >= 0.5).float()
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim == 4 and images.shape[-1] not in (3, 4) and images.shape[1] in (3, 4):
+        images = images.permute(0, 2, 3, 1)
+    if images.ndim != 4 or images.shape[-1] not in (3, 4):
+        raise FluxError(f"a picture of shape {tuple(images.shape)} is none; give (batch, height, width, 3) in 0 to 1")
+    return images[..., :3].float()
+
+
+def _fitted(images: Tensor, width: int | None, height: int | None) -> Tensor:
+    size = (height or images.shape[1], width or images.shape[2])
+    if size == images.shape[1:3]:
+        return images
+    planes = F.interpolate(images.permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)
+    return planes.clamp(0, 1).permute(0, 2, 3, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .sampling import Step
@@ -23,5 +24,6 @@ class KeepOutside:
 
 
 def renoise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """The straight path of the flow: the clean latents at noise level sigma."""
-    return sigma * noise + (1.0 - sigma) * clean
+    """The straight path of the flow: the clean latents at noise level sigma, which is rounded to their dtype first."""
+    level = torch.tensor(sigma, dtype=clean.dtype)
+    return level * noise + (1.0 - level) * clean

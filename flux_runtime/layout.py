@@ -1,4 +1,4 @@
-"""Token arithmetic: packing latents into tokens, position ids, and `Layout`, the one object that slices a token sequence.
+"""Token arithmetic: packing latents into tokens, position ids, and `Layout`, the one object that slices a sequence.
 
 The sequence is always text, canvas, references. A token is a 2x2 patch of latents with channels in the order
 (channel, dy, dx); its position id is (index, row, column), and text sits at (0, 0, 0).
@@ -7,6 +7,7 @@ The sequence is always text, canvas, references. A token is a 2x2 patch of laten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ def pack(latents: Tensor) -> Tensor:
     """(B, C, H, W) latents, H and W even -> (B, H/2 * W/2, 4C) tokens, row by row."""
     batch, channels, height, width = latents.shape
     if height % PATCH or width % PATCH:
-        raise FluxError(f"latents of {height}x{width} cannot be packed: both sides must be even (pictures: multiples of 16)")
+        raise FluxError(
+            f"latents of {height}x{width} cannot be packed: both sides must be even (pictures: multiples of 16)"
+        )
     patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // PATCH**2, channels * PATCH**2)
 
@@ -83,6 +86,20 @@ class Layout:
     def text_tokens(self) -> int:
         return sum(self.text)
 
+    @property
+    def total_tokens(self) -> int:
+        return self.text_tokens + self.canvas_tokens + sum(r.tokens for r in self.references)
+
+    def text_spans(self) -> tuple[slice, ...]:
+        """Where each prompt's tokens lie in the whole sequence."""
+        return _spans(0, self.text)
+
+    def canvas_span(self) -> slice:
+        return slice(self.text_tokens, self.text_tokens + self.canvas_tokens)
+
+    def reference_spans(self) -> tuple[slice, ...]:
+        return _spans(self.text_tokens + self.canvas_tokens, tuple(r.tokens for r in self.references))
+
     def ids(self) -> Tensor:
         """(text + canvas + references, 3) position ids."""
         pictures = [canvas_ids(self.height, self.width), *(r.ids() for r in self.references)]
@@ -91,3 +108,8 @@ class Layout:
     def canvas(self, tokens: Tensor) -> Tensor:
         """The canvas part of (B, canvas + references, C) picture tokens."""
         return tokens[:, : self.canvas_tokens]
+
+
+def _spans(start: int, lengths: tuple[int, ...]) -> tuple[slice, ...]:
+    ends = list(accumulate(lengths, initial=start))
+    return tuple(slice(a, b) for a, b in pairwise(ends))

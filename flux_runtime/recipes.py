@@ -1,154 +1,263 @@
-"""The pipelines of the diffusers Flux page as short functions, all through the one loop."""
+"""The pipelines of the diffusers Flux page as short functions, all through the one loop.
+
+Each draws its random numbers in the order of its diffusers counterpart, so that the same generator gives the same
+picture. `prompt` is a text, several texts, or a `Conditioning` made before (by `redux_prior`, say). The options that
+all share are those of `job.Common`.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from .conditioning import Conditioning
-from .errors import FluxError
+from .adapters import Redux
+from .conditioning import Conditioning, Prompt
+from .conditions import FillImage
 from .flux import Flux
-from .generate import Watcher, sample
-from .image import drawable, to_pil
-from .layout import pack, unpack
+from .image import ImageLike, as_images
+from .job import Common, Pictures, Texts, begin
+from .pictures import Encoded
+from .recipe_parts import (
+    Nets,
+    SizeMode,
+    begin_nets,
+    control_condition,
+    encoded_source,
+    fitted_mask,
+    grey_out,
+    kontext_canvas,
+    listed,
+    masked_inputs,
+    reference_condition,
+    side_nets,
+)
+from .redux import Combine, redux_prompts
+from .sidenets import ControlNet
 
-log = logging.getLogger("fluxcanvas")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-Output = Literal["pil", "numpy", "tensor", "latent"]
-Pictures = list[Image.Image] | np.ndarray | Tensor
-Generator = torch.Generator | Sequence[torch.Generator]
+Words = Texts | Conditioning
 
 
-def text_to_image(
-    flux: Flux,
-    prompt: str | Sequence[str],
-    *,
-    prompt_2: str | Sequence[str] | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
-    negative_prompt_2: str | Sequence[str] | None = None,
-    true_cfg_scale: float = 1.0,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    guidance: float | None = None,
-    max_sequence_length: int | None = None,
-    images_per_prompt: int = 1,
-    seed: int | None = None,
-    generator: Generator | None = None,
-    latents: Tensor | None = None,
-    output: Output = "pil",
-    watch: Watcher | None = None,
+def text_to_image(flux: Flux, prompt: Words, **common: Unpack[Common]) -> Pictures:
+    """Draw pictures of a prompt, or of several."""
+    job = begin(flux, prompt, common)
+    return job.draw(job.noise())
+
+
+def image_to_image(
+    flux: Flux, prompt: Words, *, image: ImageLike, strength: float = 0.6, **common: Unpack[Common]
 ) -> Pictures:
-    """Draw pictures of a prompt, or of several; steps, guidance, size and text length default to the model's own.
+    """Redraw a picture; `strength` is the share of the steps that are drawn, 1 keeps nothing of it."""
+    job = begin(flux, prompt, common)
+    source = encoded_source(job, image)
+    return job.draw(job.noise(), source=source, strength=strength)
 
-    Sides are floored to multiples of 16. The noise comes from `latents` (packed tokens or (B, 16, H/8, W/8)), from
-    `generator` (one, or one a picture), or from `seed`; without any of them from a random seed, which is logged.
+
+def inpaint(
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike,
+    mask: ImageLike,
+    strength: float = 0.6,
+    padding_mask_crop: int | None = None,
+    **common: Unpack[Common],
+) -> Pictures:
+    """Redraw the white part of the mask; the rest is put back from the source at every step.
+
+    With `padding_mask_crop` only the part around the mask is drawn, so many pixels wider, and pasted into the picture.
     """
-    positive, negative = _conditionings(flux, prompt, prompt_2, negative_prompt, negative_prompt_2, max_sequence_length)
-    batch = len(positive.prompts[0].tokens) * images_per_prompt
-    shape = _latent_shape(flux, batch, width, height)
-    noise = _noise(flux, shape, seed, generator, latents)
-    drawn = sample(
-        flux.model,
-        positive,
-        negative,
-        latents=torch.zeros(shape),
-        noise=noise,
-        steps=_steps(flux, steps, sigmas),
-        sigmas=sigmas,
-        guidance=guidance,
-        true_cfg_scale=true_cfg_scale,
-        watch=watch,
+    job = begin(flux, prompt, common)
+    pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
+    source = job.encode(pixels)
+    return finish(job.draw(job.noise(), source=source, strength=strength, mask=flags))
+
+
+def fill(
+    flux: Flux, prompt: Words, *, image: ImageLike, mask: ImageLike, strength: float = 1.0, **common: Unpack[Common]
+) -> Pictures:
+    """Fill the white part of the mask with the fill model (384 channels): inside a picture, or around one."""
+    job = begin(flux, prompt, common)
+    pixels, flags = as_images(image, job.width, job.height), fitted_mask(job, mask)
+    source = job.encode(pixels)
+    noise = job.noise()
+    masked = job.encode(grey_out(pixels, flags))
+    condition = FillImage(Encoded(masked), lambda width, height: flags)
+    return job.draw(noise, (condition,), source=source, strength=strength)
+
+
+def control(flux: Flux, prompt: Words, *, control_image: ImageLike, **common: Unpack[Common]) -> Pictures:
+    """Draw after a control image with the Canny and Depth models (128 channels)."""
+    job = begin(flux, prompt, common)
+    condition = control_condition(job, control_image)
+    return job.draw(job.noise(), (condition,))
+
+
+def control_image_to_image(
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike,
+    control_image: ImageLike,
+    strength: float = 0.6,
+    **common: Unpack[Common],
+) -> Pictures:
+    """Redraw a picture after a control image."""
+    job = begin(flux, prompt, common)
+    condition = control_condition(job, control_image)
+    source = encoded_source(job, image)
+    return job.draw(job.noise(), (condition,), source=source, strength=strength)
+
+
+def control_inpaint(
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike,
+    mask: ImageLike,
+    control_image: ImageLike,
+    strength: float = 0.6,
+    padding_mask_crop: int | None = None,
+    **common: Unpack[Common],
+) -> Pictures:
+    """Redraw the white part of the mask after a control image, which is that of the whole canvas."""
+    job = begin(flux, prompt, common)
+    pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
+    job.skip(len(pixels))  # the oracle encodes the masked picture first, and makes no use of it
+    condition = control_condition(job, control_image)
+    source = job.encode(pixels)
+    return finish(job.draw(job.noise(), (condition,), source=source, strength=strength, mask=flags))
+
+
+def controlnet(
+    flux: Flux,
+    prompt: Words,
+    *,
+    controlnet: ControlNet | Sequence[ControlNet],
+    control_image: ImageLike | Sequence[ImageLike],
+    **options: Unpack[Nets],
+) -> Pictures:
+    """Draw with one ControlNet or several; one net with several images runs once for each."""
+    job, nets = begin_nets(flux, prompt, options)
+    conditions = side_nets(job, controlnet, control_image, nets)
+    return job.draw(job.noise(), conditions)
+
+
+def controlnet_image_to_image(
+    flux: Flux,
+    prompt: Words,
+    *,
+    controlnet: ControlNet | Sequence[ControlNet],
+    control_image: ImageLike | Sequence[ImageLike],
+    image: ImageLike,
+    strength: float = 0.6,
+    **options: Unpack[Nets],
+) -> Pictures:
+    """Redraw a picture with ControlNets."""
+    job, nets = begin_nets(flux, prompt, options)
+    conditions = side_nets(job, controlnet, control_image, nets)
+    source = encoded_source(job, image)
+    return job.draw(job.noise(), conditions, source=source, strength=strength)
+
+
+def controlnet_inpaint(
+    flux: Flux,
+    prompt: Words,
+    *,
+    controlnet: ControlNet | Sequence[ControlNet],
+    control_image: ImageLike | Sequence[ImageLike],
+    image: ImageLike,
+    mask: ImageLike,
+    strength: float = 0.6,
+    padding_mask_crop: int | None = None,
+    **options: Unpack[Nets],
+) -> Pictures:
+    """Redraw the white part of the mask with ControlNets."""
+    job, nets = begin_nets(flux, prompt, options)
+    pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
+    conditions = side_nets(job, controlnet, control_image, nets)
+    source = job.encode(pixels)
+    return finish(job.draw(job.noise(), conditions, source=source, strength=strength, mask=flags))
+
+
+def kontext(
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike | None = None,
+    reference: ImageLike | Sequence[ImageLike] | None = None,
+    reference_size: Literal["preferred", "source"] = "preferred",
+    size: SizeMode = "exact",
+    **common: Unpack[Common],
+) -> Pictures:
+    """Edit a picture by words; `reference` are further pictures to look at, each with a position index of its own.
+
+    `size` says what is drawn: "exact" the width and height asked for, "source" the picture's own, "preferred" the
+    nearest of the sizes that Kontext was trained on, "area" diffusers' rule (the asked aspect at a megapixel).
+    """
+    pictures = [*listed(image), *listed(reference)]
+    job = begin(flux, prompt, common, kontext_canvas(flux, pictures[:1], size, common))
+    references = [reference_condition(job, p, reference_size, index) for index, p in enumerate(pictures, 1)]
+    return job.draw(job.noise(), references)
+
+
+def kontext_inpaint(
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike,
+    mask: ImageLike,
+    reference: ImageLike | Sequence[ImageLike] | None = None,
+    reference_size: Literal["preferred", "source"] = "preferred",
+    strength: float = 1.0,
+    size: SizeMode = "preferred",
+    padding_mask_crop: int | None = None,
+    **common: Unpack[Common],
+) -> Pictures:
+    """Edit the white part of the mask; the model looks at `reference`, or at the picture itself without one."""
+    job = begin(flux, prompt, common, kontext_canvas(flux, [image], size, common))
+    pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
+    source = job.encode(pixels, sampled=False)
+    references = [reference_condition(job, p, reference_size, index) for index, p in enumerate(listed(reference), 1)]
+    references = references or [reference_condition(job, pixels, (job.width, job.height))]
+    return finish(job.draw(job.noise(), references, source=source, strength=strength, mask=flags))
+
+
+def redux_prior(
+    flux: Flux | None,
+    prompt: Texts | None = None,
+    *,
+    adapter: Redux,
+    image: ImageLike,
+    prompt_2: Texts | None = None,
+    scale: float | Sequence[float] = 1.0,
+    pooled_scale: float | Sequence[float] = 1.0,
+    combine: Combine = "sum",
+    downsample: int = 1,
+    text_strength: float = 1.0,
+    image_strength: float = 1.0,
+    max_sequence_length: int = 512,
+    guidance: float | None = None,
+) -> Conditioning:
+    """Pictures, and words if any, as a conditioning for another recipe; without words the text is zeros."""
+    weight = adapter.model.redux_down.weight
+    if flux is None or flux.text is None or prompt is None:
+        pooled = flux.model.params.vec_in_dim if flux else 768
+        text = Prompt(weight.new_zeros(1, max_sequence_length, weight.shape[0]), weight.new_zeros(1, pooled))
+    else:
+        text = flux.text.encode(prompt, prompt_2, max_tokens=max_sequence_length)
+    scales, pooled_scales = ([s] if isinstance(s, (int, float)) else list(s) for s in (scale, pooled_scale))
+    prompts = redux_prompts(
+        text,
+        adapter,
+        as_images(image),
+        scales=scales,
+        pooled_scales=pooled_scales,
+        combine=combine,
+        downsample=downsample,
+        text_strength=text_strength,
+        image_strength=image_strength,
     )
-    return _pictures(flux, drawn, output)
-
-
-def _conditionings(
-    flux: Flux,
-    prompt: str | Sequence[str],
-    prompt_2: str | Sequence[str] | None,
-    negative_prompt: str | Sequence[str] | None,
-    negative_prompt_2: str | Sequence[str] | None,
-    max_tokens: int | None,
-) -> tuple[Conditioning, Conditioning | None]:
-    if flux.text is None:
-        raise FluxError("this checkpoint has no text encoders; load it with load_parts(clip=..., t5=...)")
-    positive = Conditioning((flux.text.encode(prompt, prompt_2, max_tokens=max_tokens),))
-    if negative_prompt is None:
-        return positive, None
-    return positive, Conditioning((flux.text.encode(negative_prompt, negative_prompt_2, max_tokens=max_tokens),))
-
-
-def _latent_shape(flux: Flux, batch: int, width: int | None, height: int | None) -> tuple[int, int, int, int]:
-    latent = flux.model.latent
-    default = flux.vae.params.sample_size if flux.vae else 1024
-    width, height = drawable(default if width is None else width, default if height is None else height, latent.multiple)
-    return batch, latent.channels, height // latent.factor, width // latent.factor
-
-
-def _steps(flux: Flux, steps: int | None, sigmas: Sequence[float] | None) -> int:
-    if sigmas is not None:
-        return len(sigmas)
-    return flux.model.variant.steps if steps is None else steps
-
-
-def _noise(
-    flux: Flux,
-    shape: tuple[int, int, int, int],
-    seed: int | None,
-    generator: Generator | None,
-    latents: Tensor | None,
-) -> Tensor:
-    """Noise in the model's dtype; drawn on the generator's device."""
-    if latents is not None:
-        return _given_noise(latents, shape)
-    if generator is None:
-        generator = torch.Generator().manual_seed(_random_seed() if seed is None else seed)
-    if isinstance(generator, torch.Generator):
-        return _draw(shape, generator, flux.model.dtype)
-    generators = list(generator)
-    if len(generators) == 1:
-        return _draw(shape, generators[0], flux.model.dtype)
-    if len(generators) != shape[0]:
-        raise FluxError(f"{len(generators)} generators cannot draw {shape[0]} pictures; give one, or one for each")
-    return torch.cat([_draw((1, *shape[1:]), g, flux.model.dtype) for g in generators])
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
-
-
-def _given_noise(latents: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    batch, channels, height, width = shape
-    if tuple(latents.shape) == (batch, height * width // 4, channels * 4):
-        return unpack(latents, height, width)
-    if tuple(latents.shape) != shape:
-        raise FluxError(f"latents of shape {tuple(latents.shape)} do not fit this picture; it needs {shape}, or them packed")
-    return latents
-
-
-def _random_seed() -> int:
-    seed = torch.seed() % 2**32
-    log.info("drawing with the random seed %d", seed)
-    return seed
-
-
-def _pictures(flux: Flux, raw: Tensor, output: Output) -> Pictures:
-    """Raw latents as what was asked for: "latent" gives the packed model-space tokens (B, N, 64)."""
-    if output == "latent":
-        return pack(flux.model.latent.to_model(raw)).to(flux.model.dtype)
-    if output not in ("pil", "numpy", "tensor"):
-        raise FluxError(f"output {output!r} is unknown; use pil, numpy, tensor or latent")
-    if flux.vae is None:
-        raise FluxError('this checkpoint has no VAE to decode with; load one with load_parts(vae=...), or use output="latent"')
-    images = flux.vae.decode(raw)
-    if output == "pil":
-        return to_pil(images)
-    return images.numpy() if output == "numpy" else images.permute(0, 3, 1, 2)
+    return Conditioning(prompts, guidance)

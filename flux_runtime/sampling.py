@@ -69,7 +69,7 @@ def denoise(
     constraints: Sequence[Constraint] = (),
     watch: Watch | None = None,
 ) -> Tensor:
-    """Carry x (B, canvas tokens, C) from the first sigma to the last; `model` turns a branch's inputs into a velocity."""
+    """Carry x (B, canvas tokens, C) from the first sigma to the last; `model` makes a branch's inputs a velocity."""
     for step in steps(sigmas):
 
         def velocity(x: Tensor, sigma: float, step: Step = step) -> Tensor:

@@ -33,7 +33,7 @@ class Schedule:
         return tokens * slope + (self.base_shift - slope * self.base_tokens)
 
     def sigmas(self, steps: int, tokens: int, sigmas: Sequence[float] | Tensor | None = None) -> Tensor:
-        """(steps + 1,) float32, falling, 0 at the end; own `sigmas` (without the 0) replace the even ones, and are shifted too."""
+        """(steps + 1,) float32, falling to 0; own `sigmas` (without the 0) replace the even ones, and are shifted too."""
         if sigmas is None:
             if steps < 1:
                 raise FluxError(f"{steps} steps draw nothing; at least 1 is needed")
@@ -62,5 +62,7 @@ def cut(sigmas: Tensor, start: float, end: float) -> Tensor:
     count = len(sigmas) - 1
     first, last = round(start * count), round(end * count)
     if first == last:
-        raise FluxError(f"no step of {count} lies in the denoise range {start} to {end}; use more steps or a wider range")
+        raise FluxError(
+            f"no step of {count} lies in the denoise range {start} to {end}; use more steps or a wider range"
+        )
     return sigmas[first : last + 1]

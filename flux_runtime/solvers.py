@@ -19,5 +19,5 @@ def euler(velocity: Velocity, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
 
 
 def advance(x: Tensor, v: Tensor, distance: float) -> Tensor:
-    """x + distance * v. The distance is a tensor because that fixes how half types round the product, as the oracle's."""
+    """x + distance * v; a tensor for the distance makes half types round the product as the oracle does."""
     return (x.float() + torch.tensor(distance, dtype=torch.float32) * v).to(v.dtype)

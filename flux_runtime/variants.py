@@ -113,7 +113,9 @@ def recognise(params: FluxParams, hint: str = "") -> Variant:
 
     dev, Krea and Kontext have one shape, Canny and Depth another: without a telling hint the answer is dev, or canny.
     """
-    same = [v for v in VARIANTS.values() if (v.in_channels, v.guidance_embed) == (params.in_channels, params.guidance_embed)]
+    same = [
+        v for v in VARIANTS.values() if (v.in_channels, v.guidance_embed) == (params.in_channels, params.guidance_embed)
+    ]
     if not same:
         known = ", ".join(f"{v.name} {v.in_channels}" for v in VARIANTS.values())
         raise FluxError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def rope(ids: Tensor, axes_dim: Sequence[int], theta: int) -> Tensor:
-    """(S, A) position ids -> (S, D/2) unit complex numbers, one per pair of channels; angles in float64, as the oracle's.
+    """(S, A) position ids -> (S, D/2) unit complex numbers, one per pair of channels, from angles in float64.
 
     Computed on the CPU because some devices have no float64.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.downsample: nn.Module | None = None
         self.upsample: nn.Module | None = None
 
@@ -120,9 +121,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [params.channels[0], *params.channels]
         self.conv_in = _conv3(params.in_channels, widths[0])
-        self.down = nn.ModuleList(
-            Level(a, b, params.num_res_blocks, params.groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(Level(a, b, params.num_res_blocks, params.groups) for a, b in pairwise(widths))
         for level, width in zip(self.down[:-1], params.channels, strict=False):
             level.downsample = Downsample(width)
         self.mid = Middle(widths[-1], params.groups)
@@ -142,9 +141,7 @@ class Decoder(nn.Module):
         widths = [*params.channels, params.channels[-1]]  # entered from the coarse end; `up` is listed finest first
         self.conv_in = _conv3(params.z_channels, widths[-1])
         self.mid = Middle(widths[-1], params.groups)
-        self.up = nn.ModuleList(
-            Level(b, a, params.num_res_blocks + 1, params.groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.up = nn.ModuleList(Level(b, a, params.num_res_blocks + 1, params.groups) for a, b in pairwise(widths))
         for level, width in zip(self.up[1:], params.channels[1:], strict=True):
             level.upsample = Upsample(width)
         self.norm_out = _norm(widths[0], params.groups)
@@ -158,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 <-> latents (B, z_channels, H / factor, W / factor), neither scaled nor shifted."""
+    """Pictures (B, 3, H, W) in -1..1 <-> raw latents (B, z_channels, H / factor, W / factor)."""
 
     def __init__(self, params: VaeParams) -> None:
         super().__init__()

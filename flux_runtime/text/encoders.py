@@ -53,25 +53,32 @@ class TextEncoders:
         *,
         max_tokens: int | None = None,
     ) -> Prompt:
-        """One or several texts -> tokens (B, max_tokens, C) and pooled (B, P); CLIP reads `prompt`, T5 `prompt_2` or else it.
+        """One or several texts -> tokens (B, max_tokens, C) and pooled (B, P).
 
-        Padding is attended to, as in the original. A text too long for an encoder is cut, with a warning naming what is lost.
+        CLIP reads `prompt`, T5 `prompt_2` or else `prompt`. Padding is attended to, as in the original; a text too long
+        for an encoder is cut, with a warning that names what is lost.
         """
         texts = _texts(prompt, "prompt")
         second = texts if not prompt_2 else _texts(prompt_2, "prompt_2")
         if len(second) == 1:
             second = second * len(texts)
         if len(second) != len(texts):
-            raise FluxError(f"{len(texts)} prompts and {len(second)} second prompts do not pair up; give as many of each, or one")
+            raise FluxError(
+                f"{len(texts)} prompts and {len(second)} second prompts do not pair up; give as many of each, or one"
+            )
         limit = self._limit(max_tokens)
         return Prompt(tokens=self._t5_tokens(second, limit), pooled=self._pooled(texts))
 
     def _limit(self, max_tokens: int | None) -> int:
-        limit = self.default_tokens if not max_tokens else max_tokens
+        limit = max_tokens or self.default_tokens
         if limit < 1:
-            raise FluxError(f"{limit} T5 tokens hold no prompt; use 1 to {self.max_tokens}, or 0 for the model's default")
+            raise FluxError(
+                f"{limit} T5 tokens hold no prompt; use 1 to {self.max_tokens}, or 0 for the model's default"
+            )
         if limit > self.max_tokens:
-            raise FluxError(f"FLUX.1 {self.variant} reads at most {self.max_tokens} T5 tokens, not {limit}; use {self.max_tokens} or fewer")
+            raise FluxError(
+                f"FLUX.1 {self.variant} reads at most {self.max_tokens} T5 tokens, not {limit}; use at most that many"
+            )
         return limit
 
     def _pooled(self, texts: Sequence[str]) -> Tensor:
@@ -84,7 +91,7 @@ class TextEncoders:
 
 
 def _texts(value: str | Sequence[str], name: str) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value)
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise FluxError(f"{name} must be a text or a list of texts")
     return texts

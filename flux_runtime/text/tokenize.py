@@ -13,6 +13,7 @@ from ..errors import FluxError
 log = logging.getLogger("fluxcanvas")
 
 CHARS_PER_TOKEN = 64  # four times the longest piece of either vocabulary
+BLANKS = 64  # a prompt may be so many times longer by blanks alone
 MAX_TOKENIZER_JSON = 64_000_000  # bytes
 
 SUBFOLDERS = {"clip": ("tokenizer", "clip", "clip_l"), "t5": ("tokenizer_2", "t5", "t5xxl")}
@@ -20,7 +21,14 @@ PUBLISHED = {  # the tokenizers of FLUX.1, where no licence need be accepted: re
     "clip": (("openai/clip-vit-large-patch14", ""),),
     "t5": (("google/t5-v1_1-xxl", ""),),
 }
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
 EMBEDDINGS = {"clip": 49408, "t5": 32128}  # rows of the published encoders: only these may use the published tokenizers
 LABELS = {"clip": "CLIP", "t5": "T5"}
 
@@ -49,15 +57,16 @@ def find_tokenizer(kind: str, bases: Iterable[Path]) -> Path | None:
 
 
 def load_tokenizer(kind: str, bases: Sequence[Path], embeddings: int, *, download: bool) -> Any:
-    """The tokenizer of a text encoder with so many embeddings: from `bases`, else (with `download`) the published one."""
+    """The tokenizer for so many embeddings: from `bases`, else (with `download`) the published one."""
     folder = find_tokenizer(kind, bases)
     if folder is None and download and embeddings == EMBEDDINGS[kind]:
         folder = _published(kind)
     if folder is None:
         looked = ", ".join(str(base) for base in bases) or "no folder"
         raise FluxError(
-            f"no {LABELS[kind]} tokenizer was found (looked in: {looked}); put the '{SUBFOLDERS[kind][0]}' folder of a FLUX.1 "
-            f"repository beside the model or into the 'tokenizers' model folder as '{SUBFOLDERS[kind][1]}', or name its path"
+            f"no {LABELS[kind]} tokenizer was found (looked in: {looked}); put the '{SUBFOLDERS[kind][0]}' folder of a "
+            f"FLUX.1 repository beside the model, or into the model folder 'tokenizers' as '{SUBFOLDERS[kind][1]}', "
+            "or name its path"
         )
     tokenizer = _open(kind, folder)
     if len(tokenizer) > embeddings:
@@ -75,7 +84,9 @@ def _open(kind: str, folder: Path) -> Any:
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception; interruptions are no Exception here
-        raise FluxError(f"the {LABELS[kind]} tokenizer in {folder} cannot be read ({_first_line(error)}); copy it again") from error
+        raise FluxError(
+            f"the {LABELS[kind]} tokenizer in {folder} cannot be read ({_first_line(error)}); copy it again"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -99,12 +110,12 @@ def clip_text(text: str, limit: int) -> tuple[str, str]:
     most = limit * CHARS_PER_TOKEN
     if len(text) <= most:
         return text, ""
-    text = " ".join(text[: 64 * most].split())  # runs of blanks count as one for both tokenizers
-    if len(text) <= most:
-        return text, ""
-    cut = text.rfind(" ", 0, most)
-    cut = cut if cut > most // 2 else most
-    return text[:cut], text[cut:]
+    text, rest = " ".join(text[: BLANKS * most].split()), text[BLANKS * most :]  # a run of blanks counts as one blank
+    if len(text) > most:
+        cut = text.rfind(" ", most // 2, most)
+        cut = cut if cut > 0 else most
+        text, rest = text[:cut], text[cut:] + rest
+    return text, rest if rest.strip() else ""
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], limit: int, label: str) -> list[list[int]]:
@@ -124,4 +135,10 @@ def _tell_lost(tokenizer: Any, ids: list[int], tail: str, limit: int, label: str
     lost = tokenizer.decode(ids[limit - 1 : -1][:64], skip_special_tokens=True) + tail[:200]
     shown = lost.strip()[:160]
     count = f"{len(ids)}" if not tail else f"more than {len(ids)}"
-    log.warning("%s reads %d tokens and the prompt has %s; lost is: %s", label, limit, count, shown + ("..." if len(lost) > 160 else ""))
+    log.warning(
+        "%s reads %d tokens and the prompt has %s; lost is: %s",
+        label,
+        limit,
+        count,
+        shown + ("..." if len(lost) > 160 else ""),
+    )

@@ -1,4 +1,4 @@
-"""From a component's tensors to a module: made on the meta device, checked by name and shape, then filled without copies."""
+"""From a component's tensors to a module: made on the meta device, checked by name and shape, filled without copies."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ def _configured(component: Component, config_class: str, arguments: dict[str, An
     try:
         return getattr(transformers, config_class)(**arguments)
     except Exception as error:  # transformers checks configs with exceptions of many kinds
-        raise FluxError(f"{shapes.where(component)}: its config.json does not describe a {component.kind}: {error}") from error
+        raise FluxError(
+            f"{shapes.where(component)}: its config.json does not describe a {component.kind}: {error}"
+        ) from error
 
 
 def _clip(component: Component) -> nn.Module:
     config = _configured(component, "CLIPTextConfig", shapes.clip_config(component))
     if config.hidden_size % config.num_attention_heads:
-        raise FluxError(f"{shapes.where(component)}: a width of {config.hidden_size} does not divide into {config.num_attention_heads} heads")
+        raise FluxError(
+            f"{shapes.where(component)}: a width of {config.hidden_size} does not divide into "
+            f"{config.num_attention_heads} heads; its config.json belongs to another model"
+        )
     from transformers import CLIPTextModel
 
     return CLIPTextModel(config)
@@ -89,9 +94,14 @@ def compare(component: Component, module: nn.Module) -> Fit:
     have = component.tensors
     used = tuple(name for name in expected if name in have)
     missing = [part for name in expected if name not in have for part in _foreign(component, name)]
-    unused = (*component.unknown, *(part for name in have if name not in expected for part in _sources(component, name)))
+    unused = (
+        *component.unknown,
+        *(part for name in have if name not in expected for part in _sources(component, name)),
+    )
     misshapen = tuple(
-        f"{name} {list(have[name].shape)} instead of {list(expected[name])}" for name in used if have[name].shape != expected[name]
+        f"{name} {list(have[name].shape)} instead of {list(expected[name])}"
+        for name in used
+        if have[name].shape != expected[name]
     )
     return Fit(used, tuple(missing), unused, misshapen)
 
@@ -147,10 +157,15 @@ def refuse_unfit(component: Component, fit: Fit) -> None:
             "or load the parts from files of their own with LoadFluxParts (load_parts)"
         )
     if fit.misshapen:
-        raise FluxError(f"{place}: the {component.kind} has tensors of the wrong shape, {listed(fit.misshapen)}; it is damaged or another model")
+        raise FluxError(
+            f"{place}: the {component.kind} has tensors of the wrong shape, {listed(fit.misshapen)}; "
+            "it is damaged or of another model"
+        )
 
 
-def fill(component: Component, module: nn.Module, device: torch.device, dtype: torch.dtype, tick: Tick | None = None) -> nn.Module:
+def fill(
+    component: Component, module: nn.Module, device: torch.device, dtype: torch.dtype, tick: Tick | None = None
+) -> nn.Module:
     """Put the tensors into the skeleton; those that already have dtype and device stay the mapped file's memory."""
     names, state = wanted(component, module), {}
     total, done = max(stored_bytes(component.tensors), 1), 0

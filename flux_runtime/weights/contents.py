@@ -1,11 +1,12 @@
-"""What a bag of named tensors is: parts of a FLUX.1 model under some layout and prefix, or something else by its name."""
+"""What a bag of named tensors is: parts of a FLUX.1 model under some layout and prefix, or another kind of file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import FluxError
 from . import keys
 from .files import LazyTensor
 
@@ -23,7 +24,10 @@ PREFIXES = {
 MARKS = {
     "transformer": {
         "BFL": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
-        "diffusers": ("single_transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.norm1_context.linear.weight"),
+        "diffusers": (
+            "single_transformer_blocks.0.attn.to_q.weight",
+            "transformer_blocks.0.norm1_context.linear.weight",
+        ),
     },
     "clip": {
         "transformers": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
@@ -38,22 +42,42 @@ MARKS = {
 # Other files people have: a piece of a tensor name -> what to call the file, and what it is for.
 FOREIGN = (
     ((".qweight", ".smooth_factor"), "SVDQuant transformer", "quantised in a way that is not read"),
-    (("lora_A.", "lora_B.", ".lora_down.", ".lora_up.", "_lora.down.", "_lora1.down."), "LoRA", "an addition to a model"),
+    (
+        ("lora_A.", "lora_B.", ".lora_down.", ".lora_up.", "_lora.down.", "_lora1.down."),
+        "LoRA",
+        "an addition to a model",
+    ),
     ((".lokr_w", ".hada_w", ".oft_"), "LoKr or LoHa", "an addition to a model"),
-    (("controlnet_x_embedder.", "controlnet_blocks.", "input_hint_block.", "control_model."), "ControlNet", "an addition to a model"),
-    (("ip_adapter_proj_model.", "image_proj.", "ip_adapter.", ".processor.ip_adapter"), "IP-Adapter", "an addition to a model"),
+    (
+        ("controlnet_x_embedder.", "controlnet_blocks.", "input_hint_block.", "control_model."),
+        "ControlNet",
+        "an addition to a model",
+    ),
+    (
+        ("ip_adapter_proj_model.", "image_proj.", "ip_adapter.", ".processor.ip_adapter"),
+        "IP-Adapter",
+        "an addition to a model",
+    ),
     (("redux_up.", "redux_down."), "Redux adapter", "an addition to a model"),
     (("double_stream_modulation_img.",), "FLUX.2 transformer", "another family of models"),
     (("distilled_guidance_layer.",), "Chroma transformer", "another family of models"),
-    (("model.diffusion_model.input_blocks.", "down_blocks.0.attentions."), "Stable Diffusion model", "another family of models"),
+    (
+        ("model.diffusion_model.input_blocks.", "down_blocks.0.attentions."),
+        "Stable Diffusion model",
+        "another family of models",
+    ),
     (("joint_blocks.0.",), "Stable Diffusion 3 model", "another family of models"),
     (("vision_model.embeddings.",), "image encoder", "used by adapters"),
 )
 
 
+PACKED = ("I", "U", "F4", "F6", "F8_E8M0")  # stored types that are no plain numbers
+CLIP_SPARE = ("logit_scale", "text_projection", "text_projection.weight")
+
+
 @dataclass(frozen=True)
 class Component:
-    """One part of a model, its tensors under native names (for text encoders: transformers' names without `text_model.`)."""
+    """One part of a model, its tensors under native names: BFL's, or transformers' without `text_model.`."""
 
     kind: str
     layout: str
@@ -97,11 +121,15 @@ def sort_out(
         if homes:
             home = max(homes, key=lambda kind: len(found[kind][0]))
             taken[home][name.removeprefix(found[home][0])] = tensor
-        elif not name.endswith(("logit_scale", "text_projection", "text_projection.weight", "scaled_fp8")):
+        else:
             leftover.append(name)
     components = {
         kind: _component(kind, found[kind][1], own, files, config or {}, metadata or {}) for kind, own in taken.items()
     }
+    if "clip" in components:  # CLIP's other half, which all-in-one files keep beside the text encoder
+        halves = tuple(name for name in leftover if name.endswith(CLIP_SPARE))
+        components["clip"] = replace(components["clip"], spare=(*components["clip"].spare, *halves))
+        leftover = [name for name in leftover if name not in halves]
     return Contents(components, tuple(leftover))
 
 
@@ -136,8 +164,13 @@ def _component(
     if layout == "BFL":
         return Component(kind, layout, tensors, files, config, quantised=quantised)
     table = keys.TRANSFORMER if kind == "transformer" else keys.VAE
-    renamed = table.to_native(tensors)
-    return Component(kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, quantised)
+    try:
+        renamed = table.to_native(tensors)
+    except FluxError as error:
+        raise FluxError(f"{files[0]}: {error}") from error
+    return Component(
+        kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, quantised
+    )
 
 
 def _text_names(kind: str, tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
@@ -151,12 +184,12 @@ def _text_names(kind: str, tensors: dict[str, LazyTensor]) -> tuple[dict[str, La
 
 def _is_spare(kind: str, name: str) -> bool:
     if kind == "clip":
-        return name in ("logit_scale", "text_projection", "text_projection.weight") or name.endswith("position_ids")
+        return name.endswith((*CLIP_SPARE, "position_ids"))
     return name in ("encoder.embed_tokens.weight", "logit_scale", "lm_head.weight") or name.startswith("decoder.")
 
 
 def quantisation(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """The scheme by which these weights are packed, or an empty text for plain numbers (fp8 without scales included)."""
+    """The scheme by which these weights are packed; an empty text for plain numbers (fp8 without scales included)."""
     ends = {name.rsplit(".", 1)[-1] for name in tensors}
     if any("bitsandbytes__" in name for name in tensors) or "absmax" in ends:
         return "bitsandbytes 4 bit"
@@ -168,6 +201,10 @@ def quantisation(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], m
         return "scaled fp8"
     named = config.get("quantization_config")
     if named:
-        return f"{named.get('quant_method', 'unknown')} quantisation" if isinstance(named, dict) else "unknown quantisation"
-    packed = [t.dtype for n, t in tensors.items() if n.endswith("weight") and t.dtype[0] in "IU" or t.dtype in ("F4", "F8_E8M0")]
+        return (
+            f"{named.get('quant_method', 'unknown')} quantisation"
+            if isinstance(named, dict)
+            else "unknown quantisation"
+        )
+    packed = [t.dtype for name, t in tensors.items() if name.endswith("weight") and t.dtype.startswith(PACKED)]
     return f"packed {packed[0]} numbers" if packed else ""

@@ -12,15 +12,17 @@ from ..errors import FluxError
 log = logging.getLogger("fluxcanvas")
 
 DTYPES = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
-    "fp32": torch.float32, "float32": torch.float32, "float": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32,
 }  # fmt: skip
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         return torch.device(device)
     except RuntimeError as error:
@@ -36,12 +38,17 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, paramete
             raise FluxError(f"{dtype} is no type that FLUX.1 computes in; use bf16, fp16 or fp32")
         return chosen
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        ampere = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if ampere else torch.float16
     if device.type != "cpu":
         return torch.bfloat16
     memory = _memory()
     if memory and parameters * 4 > 0.8 * memory:
-        log.warning("%.0f GB of float32 weights do not fit into %.0f GB of memory: loading as bfloat16", parameters * 4e-9, memory * 1e-9)
+        log.warning(
+            "%.0f GB of float32 weights do not fit into %.0f GB of memory: loading as bfloat16",
+            parameters * 4e-9,
+            memory * 1e-9,
+        )
         return torch.bfloat16
     return torch.float32
 

@@ -33,7 +33,7 @@ TORCH_DTYPES = {name: getattr(torch, attr) for name, attr in _TORCH_NAMES.items(
 
 
 class TensorFile:
-    """One safetensors file: header checked on opening, data mapped privately (writing to a tensor leaves the file alone)."""
+    """One safetensors file: header checked on opening, data mapped privately (writing to a tensor spares the file)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,7 +126,7 @@ class LazyTensor:
         return replace(self, shape=shape)
 
     def read(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on a device: the mapped memory itself when nothing must change, else one new tensor, filled in place."""
+        """The tensor on a device: the mapped memory itself if nothing changes, else one new tensor, filled in place."""
         if len(self.pieces) == 1:
             stored = self.pieces[0].stored
             whole = stored.read() if not stored.shape else self.pieces[0].read()
@@ -172,7 +172,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def component_files(folder: Path) -> list[Path]:
-    """The weight files of a component folder: shards by their index, or one file, with or without a variant (`.fp16`)."""
+    """The weight files of a component folder: shards by their index, or one file; plain, or a variant (`.fp16`)."""
     for stem in WEIGHT_NAMES:
         for index in _variants(folder, stem, ".safetensors.index", ".json"):
             return _shards(folder, index)
@@ -183,7 +183,9 @@ def component_files(folder: Path) -> list[Path]:
         return others
     if not others and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise FluxError(f"{folder} has its weights only as a pickle: {CONVERT_PICKLE}")
-    found = f"several: {', '.join(p.name for p in others[:5])}; name one of them" if others else "none; download it again"
+    found = (
+        f"several: {', '.join(p.name for p in others[:5])}; name one of them" if others else "none; download it again"
+    )
     raise FluxError(f"{folder} should hold one model's .safetensors weights and has {found}")
 
 
@@ -203,9 +205,13 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:  # an index must not lead out of its folder
-            raise FluxError(f"{index} points at {name!r}, outside its folder; download the model from a source you trust")
+            raise FluxError(
+                f"{index} points at {name!r}, outside its folder; download the model from a source you trust"
+            )
         if not (folder / name).is_file():
-            raise FluxError(f"{folder / name} is missing: {index.name} lists it as one of {len(names)} files; download it")
+            raise FluxError(
+                f"{folder / name} is missing: {index.name} lists it as one of {len(names)} files; download it"
+            )
     return [folder / name for name in names]
 
 
@@ -217,7 +223,9 @@ def open_tensors(files: Sequence[Path]) -> tuple[dict[str, LazyTensor], dict[str
         file = TensorFile(path)
         twice = next((name for name in file.header.entries if name in tensors), None)
         if twice is not None:
-            raise FluxError(f"{path} holds tensor {twice!r} that another file of its folder holds too; download the folder again")
+            raise FluxError(
+                f"{path} holds tensor {twice!r} that another file of its folder holds too; download the folder again"
+            )
         tensors.update(file.tensors())
         metadata.update(file.header.metadata)
     return tensors, metadata

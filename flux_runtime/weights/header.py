@@ -18,17 +18,19 @@ from ..errors import FluxError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself, a hundred times the largest FLUX header
 MAX_RANK = 16
+MAX_NAME = 500
 PREFIX = 8
 
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
 CONVERT_PICKLE = (
-    "pickle checkpoints can run code and are not opened; look for the .safetensors file of the same model, or convert it "
-    'where you trust it: python -c "import torch, safetensors.torch as s; '
+    "pickle checkpoints can run code and are not opened; look for the .safetensors file of the same model, or convert "
+    'it where you trust it: python -c "import torch, safetensors.torch as s; '
     "t = torch.load('IN', map_location='cpu', weights_only=True); "
     "s.save_file({k: v.contiguous().clone() for k, v in t.get('state_dict', t).items()}, 'OUT.safetensors')\""
 )
@@ -65,13 +67,15 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(PREFIX)
-            _refuse_other_formats(path, start, size)
             length = int.from_bytes(start, "little")
-            if length > min(MAX_HEADER, size - PREFIX):
+            if size < PREFIX + 2 or length > min(MAX_HEADER, size - PREFIX):
+                _refuse_other_formats(path, start, size)
                 raise _broken(path, f"it claims a header of {length:,} bytes but is {size:,} bytes long")
             text = file.read(length)
     except OSError as error:
-        raise FluxError(f"{path} cannot be read ({error.strerror or error}); check the path and its permissions") from error
+        raise FluxError(
+            f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
     raw = _parse(path, text)
     metadata = _metadata(path, raw.pop("__metadata__", None))
     entries = {name: _entry(path, name, value, PREFIX + length) for name, value in raw.items()}
@@ -84,7 +88,7 @@ def _broken(path: Path, why: str) -> FluxError:
 
 
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
-    """Name what the file is when its first bytes belong to another format."""
+    """Name what the file is when its first bytes, which are no sensible length, belong to another format."""
     if size == 0:
         raise FluxError(f"{path} is empty; download it again")
     if start[:4] == b"GGUF":
@@ -132,18 +136,24 @@ def _is_size(value: Any) -> bool:
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> Entry:
     """Check one tensor's dtype, shape and byte range against each other."""
     shown = repr(name[:80])
+    if not name.isprintable() or len(name) > MAX_NAME:  # it will be shown on terminals and in browsers
+        raise _broken(path, f"the tensor name {name[:80]!a} is not plain text")
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
         raise _broken(path, f"the entry of tensor {shown} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FluxError(f"{path} stores tensor {shown} as {str(dtype)[:40]!r}, a type that is not known here; use another file")
+        raise FluxError(
+            f"{path} stores tensor {shown} as {str(dtype)[:40]!r}, a type that is not known here; use another file"
+        )
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_size, shape)):
         raise _broken(path, f"the shape of tensor {shown} is not a short list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _broken(path, f"the byte range of tensor {shown} is not two offsets")
     start, end = offsets
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
-        raise _broken(path, f"tensor {shown} of shape {shape} as {dtype} does not take the {end - start:,} bytes it is given")
+        raise _broken(
+            path, f"tensor {shown} of shape {shape} as {dtype} does not take the {end - start:,} bytes it is given"
+        )
     return Entry(dtype, tuple(shape), data_start + start, data_start + end)
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import FluxError
@@ -21,12 +21,14 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 TEXT_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler")
 _PLAIN = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.safetensors\.index)?\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)")
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.safetensors\.index)?\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
+)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository that a model needs, with their sizes in bytes; `single` names a lone checkpoint file."""
+    """The files of a repository that a model needs, with their sizes in bytes; `single` names a lone checkpoint."""
 
     repo: str
     sizes: Mapping[str, int]
@@ -44,7 +46,8 @@ def split_source(source: str) -> tuple[str, str] | None:
     if len(parts) < 2 or not REPO_ID.fullmatch(repo) or repo.endswith((".safetensors", ".json")):
         return None
     file = parts[2] if len(parts) == 3 else ""
-    return (repo, file) if not file or file.endswith(".safetensors") and ".." not in file.split("/") else None
+    plain = file.endswith(".safetensors") and ".." not in file.split("/")
+    return (repo, file) if plain or not file else None
 
 
 @contextmanager
@@ -91,21 +94,20 @@ def _sentence(error: Exception, repo: str, hub: Any) -> str:
 
 
 def fetch_model(repo: str, file: str = "", progress: Progress | None = None) -> Path:
-    """Download what is missing of a model; a folder in diffusers layout, or a single file. Offline, the cache serves."""
+    """Download what is missing of a model: a folder in diffusers layout, or a file. Offline, the cache serves."""
     import huggingface_hub
 
+    try:
+        listing = list_repo(repo, file)
+    except FluxError:  # offline, or no longer allowed: what is already here may do
+        cached = _cached(repo, file)
+        if cached is None:
+            raise
+        return cached
+    check_space(listing, Path(huggingface_hub.constants.HF_HUB_CACHE))
     with explained(repo):
-        try:
-            listing = list_repo(repo, file)
-        except (FluxError, OSError) as error:
-            cached = _cached(repo, file)
-            if cached is None:
-                raise
-            del error
-            return cached
-        check_space(listing, Path(huggingface_hub.constants.HF_HUB_CACHE))
-        path = _download(listing, progress)
-    return path if listing.single else path.parents[len(PurePosixPath(list(listing.sizes)[-1]).parts) - 1]
+        first = _download(listing, progress)
+    return first if listing.single else first.parent
 
 
 def _cached(repo: str, file: str) -> Path | None:
@@ -144,7 +146,7 @@ def list_repo(repo: str, file: str = "") -> Listing:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Of a diffusers repository's files those that are loaded: configs, tokenizers, and each component's weights once."""
+    """The files of a diffusers repository that are loaded: configs, tokenizers, each component's weights once."""
     if "model_index.json" not in names:
         return []
     chosen = ["model_index.json"]
@@ -170,7 +172,11 @@ def check_space(listing: Listing, cache: Path) -> None:
     """Refuse before the download what the disk cannot hold."""
     place = next((p for p in (cache, *cache.parents) if p.exists()), Path.cwd())
     needed, free = sum(listing.sizes.values()), shutil.disk_usage(place).free
-    have = sum(f.stat().st_size for f in (cache / f"models--{listing.repo.replace('/', '--')}" / "blobs").glob("*") if f.is_file())
+    have = sum(
+        f.stat().st_size
+        for f in (cache / f"models--{listing.repo.replace('/', '--')}" / "blobs").glob("*")
+        if f.is_file()
+    )
     if needed - have > free:
         raise FluxError(
             f"{listing.repo} takes {needed / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB left; "
@@ -179,9 +185,10 @@ def check_space(listing: Listing, cache: Path) -> None:
 
 
 def _download(listing: Listing, progress: Progress | None) -> Path:
+    """Fetch every file; the local path of the first, which lies at the top of the repository."""
     import huggingface_hub
 
-    total, done, path = max(sum(listing.sizes.values()), 1), 0, Path()
+    total, done, paths = max(sum(listing.sizes.values()), 1), 0, []
 
     def tell(part: float) -> None:
         if progress:
@@ -191,10 +198,10 @@ def _download(listing: Listing, progress: Progress | None) -> Path:
     for name, size in listing.sizes.items():
         tell(0)
         bar = {"tqdm_class": _counting_bar(lambda part, size=size: tell(min(part, size)))} if extra else {}
-        path = Path(huggingface_hub.hf_hub_download(listing.repo, name, **bar))
+        paths.append(Path(huggingface_hub.hf_hub_download(listing.repo, name, **bar)))
         done += size
     tell(0)
-    return path
+    return paths[0]
 
 
 def _counting_bar(tell: Callable[[float], None]) -> type:

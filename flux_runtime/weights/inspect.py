@@ -11,7 +11,7 @@ from ..errors import FluxError
 from ..variants import recognise
 from . import build, hub, shapes
 from .contents import Component, Contents, sort_out
-from .files import LazyTensor, read_json
+from .files import LazyTensor, open_tensors, read_json
 from .report import PartReport, Report, listed
 from .sources import DEMO, FOLDERS, LABELS, Sources, open_path, what_it_is
 
@@ -23,10 +23,13 @@ def inspect(source: str | Path) -> Report:
     if text and "\0" not in text and path.exists():
         if path.is_file() and _starts_with(path, b"GGUF"):
             return _gguf(path)
-        return _report(replace(open_path(path), name=text))
+        sources = replace(open_path(path), name=text)
+        return _other(path, sources) if path.is_file() and not sources.components else _report(sources)
     named = hub.split_source(text)
     if named is None:
-        raise FluxError(f"there is no file or folder {text!r}, and it is no Hugging Face repository (owner/name); check the path")
+        raise FluxError(
+            f"there is no file or folder {text!r}, and it is no Hugging Face repository (owner/name); check the path"
+        )
     return _report(_remote(*named))
 
 
@@ -35,13 +38,25 @@ def _starts_with(path: Path, magic: bytes) -> bool:
         with path.open("rb") as file:
             return file.read(len(magic)) == magic
     except OSError as error:
-        raise FluxError(f"{path} cannot be read ({error.strerror or error}); check the path and its permissions") from error
+        raise FluxError(
+            f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
 
 
 def _gguf(path: Path) -> Report:
     size = path.stat().st_size
-    part = PartReport("GGUF", "quantised", (str(path),), {"GGUF": size}, 0, 0, note="cannot be loaded yet; use a .safetensors file")
+    part = PartReport(
+        "GGUF", "quantised", (str(path),), {"GGUF": size}, 0, 0, note="cannot be loaded yet; use a .safetensors file"
+    )
     return Report(str(path), (part,))
+
+
+def _other(path: Path, sources: Sources) -> Report:
+    """A sound file that is no part of a model: a LoRA, a ControlNet, or of no kind known here."""
+    tensors, _ = open_tensors([path])
+    component = Component(sources.foreign or "unknown", "", tensors, (str(path),))
+    part = build.describe(component, build.Fit(tuple(tensors), (), (), ()), what_it_is(sources))
+    return Report(sources.name, (part,))
 
 
 def _report(sources: Sources) -> Report:
@@ -82,7 +97,9 @@ def _remote(repo: str, file: str) -> Sources:
     if listing.single:
         tensors, metadata = hub.remote_tensors(repo, listing.single)
         contents = sort_out(tensors, (f"{repo}/{listing.single}",), {}, metadata)
-        return Sources(repo, contents.components, hint=f"{repo} {file}", leftover=contents.leftover, foreign=contents.foreign)
+        return Sources(
+            repo, contents.components, hint=f"{repo} {file}", leftover=contents.leftover, foreign=contents.foreign
+        )
     components: dict[str, Component] = {}
     for kind, folder in FOLDERS.items():
         names = [name for name in listing.weights if name.startswith(folder + "/")]

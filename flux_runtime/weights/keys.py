@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from ..errors import FluxError
 from .files import LazyTensor, join
@@ -84,7 +85,9 @@ class Template:
     """A name with placeholders: `match` reads their values off a name, `fill` puts values in."""
 
     def __init__(self, text: str) -> None:
-        pattern = re.escape(text).replace(r"\{\}", r"(\d+)").replace(r"\{n\-i\}", r"(\d+)").replace(r"\*", "(weight|bias)")
+        pattern = (
+            re.escape(text).replace(r"\{\}", r"(\d+)").replace(r"\{n\-i\}", r"(\d+)").replace(r"\*", "(weight|bias)")
+        )
         self._regex = re.compile(pattern)
         self._mirrored = "{n-i}" in text  # always the first placeholder
         self._format = text.replace("{n-i}", "{}").replace("*", "{}")
@@ -138,7 +141,11 @@ class KeyMap:
 
     def _last(self, names: Iterable[str]) -> int:
         stacks = tuple(f"{stack}." for stack in self.mirror or ())
-        return max((int(m) for n in names if n.startswith(stacks) and (m := _number(n, stacks))), default=0) if stacks else 0
+        return (
+            max((int(m) for n in names if n.startswith(stacks) and (m := _number(n, stacks))), default=0)
+            if stacks
+            else 0
+        )
 
     def to_native(self, tensors: Mapping[str, LazyTensor]) -> Renamed:
         """diffusers' names -> native ones; joined, swapped and viewed lazily."""
@@ -170,7 +177,7 @@ class KeyMap:
         return None
 
     def to_foreign(self, tensors: Mapping[str, LazyTensor], hidden: int = 0) -> dict[str, LazyTensor]:
-        """Native names -> diffusers' names, the exact inverse; `hidden` is the width by which joined rows are parted."""
+        """Native names -> diffusers' names, the exact inverse; `hidden` is the width that parts joined rows."""
         last, out = self._last(tensors), {}
         for name, tensor in tensors.items():
             for row in self.rows:
@@ -223,7 +230,7 @@ def _make_foreign(row: Row, tensor: LazyTensor, count: int, hidden: int) -> list
     if count == 1:
         return [tensor]
     bounds = [hidden * i for i in range(count)] + [tensor.shape[0]]
-    return [tensor.rows(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tensor.rows(a, b) for a, b in pairwise(bounds)]
 
 
 TRANSFORMER = KeyMap(TRANSFORMER_DIRECT, TRANSFORMER_FUSED, TRANSFORMER_SWAPPED)

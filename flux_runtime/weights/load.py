@@ -43,12 +43,14 @@ def load_flux(
 ) -> Flux:
     """Load a model from `demo`, a diffusers folder, a single .safetensors file or a Hugging Face repository id.
 
-    A bare transformer is completed from the model folders in `search`, where `tokenizers` are looked for too. `progress`
+    A bare transformer is completed from the model folders in `search`, where tokenizers are looked for too; `progress`
     is told what is being done and the fraction done of it. Whatever cannot be loaded is a `FluxError` with the remedy.
     """
     sources = open_source(source, progress)
     if "transformer" not in sources.components:
-        raise FluxError(f"{sources.name} is no FLUX.1 model: {what_it_is(sources)}")
+        raise FluxError(
+            f"{sources.name} is no FLUX.1 model: {what_it_is(sources)}; choose a FLUX.1 transformer or a whole model"
+        )
     params = shapes.transformer_params(sources.components["transformer"])
     sources = complete(sources, _fitting(params), search)
     return _load(sources, device, dtype, variant, tokenizers, search, progress)
@@ -73,13 +75,23 @@ def load_parts(
     named = {"transformer": transformer, "clip": clip, "t5": t5, "vae": vae}
     paths = {kind: Path(path).expanduser() for kind, path in named.items() if path is not None}
     components = {kind: open_component(path, kind) for kind, path in paths.items()}
-    folders = [p for path in paths.values() for p in ((path, path.parent) if path.is_dir() else (path.parent, path.parent.parent))]
-    sources = Sources(paths["transformer"].name, components, tuple(dict.fromkeys(folders)), hint=_name_of(paths["transformer"]))
+    folders = [
+        p
+        for path in paths.values()
+        for p in ((path, path.parent) if path.is_dir() else (path.parent, path.parent.parent))
+    ]
+    sources = Sources(
+        paths["transformer"].name, components, tuple(dict.fromkeys(folders)), hint=_name_of(paths["transformer"])
+    )
     return _load(sources, device, dtype, variant, tokenizers, search, progress)
 
 
 def _name_of(path: Path) -> str:
-    return f"{path.parent.name} {path.name}" if path.is_dir() or path.name.startswith("diffusion_pytorch_model") else path.name
+    return (
+        f"{path.parent.name} {path.name}"
+        if path.is_dir() or path.name.startswith("diffusion_pytorch_model")
+        else path.name
+    )
 
 
 def _load(
@@ -102,7 +114,9 @@ def _load(
     chosen = choose_variant(params, variant, sources.hint)
     text_parts = _tokenizers(components, tokenizers, sources.folders, search)
     place = choose_device(device)
-    kind_of_number = choose_dtype(dtype, place, sum(math.prod(t.shape) for c in components.values() for t in c.tensors.values()))
+    kind_of_number = choose_dtype(
+        dtype, place, sum(math.prod(t.shape) for c in components.values() for t in c.tensors.values())
+    )
     modules = _fill_all(components, skeletons, place, kind_of_number, progress)
     note = f"loaded as {str(kind_of_number).removeprefix('torch.')} on {place}"
     report = Report(
@@ -132,11 +146,14 @@ def _fitting(params: FluxParams) -> Mapping[str, Callable[[Component], bool]]:
 def _check_together(params: FluxParams, components: Mapping[str, Component]) -> None:
     for kind, fits in _fitting(params).items():
         if kind in components and not fits(components[kind]):
-            needs = {"clip": params.vec_in_dim, "t5": params.context_in_dim, "vae": params.out_channels // LATENTS_PER_TOKEN}[kind]
-            what = "latent channels" if kind == "vae" else "numbers a token" if kind == "t5" else "numbers a prompt"
+            needs = {
+                "clip": params.vec_in_dim,
+                "t5": params.context_in_dim,
+                "vae": params.out_channels // LATENTS_PER_TOKEN,
+            }[kind]
             raise FluxError(
-                f"{shapes.where(components[kind])}: this {LABELS[kind]} does not go with the transformer, which needs {needs} {what}; "
-                "name the one of the same model"
+                f"{shapes.where(components[kind])}: this {LABELS[kind]} does not go with the transformer, "
+                f"which needs one of {needs} channels; name the one of the same model"
             )
 
 
@@ -148,7 +165,10 @@ def choose_variant(params: FluxParams, name: str | None, hint: str) -> Variant:
         raise FluxError(f"there is no FLUX.1 variant {name!r}; use one of {', '.join(VARIANTS)}")
     chosen = VARIANTS[name]
     if (chosen.in_channels, chosen.guidance_embed) != (params.in_channels, params.guidance_embed):
-        raise FluxError(f"this transformer is not FLUX.1 {name}: by its shapes it is {recognise(params, hint).name}; leave the variant empty")
+        raise FluxError(
+            f"this transformer is not FLUX.1 {name}: by its shapes it is {recognise(params, hint).name}; "
+            "leave the variant empty"
+        )
     return chosen
 
 
@@ -175,8 +195,10 @@ def _tokenizers(
     if not {"clip", "t5"} <= components.keys():
         return {}
     if named is not None and not Path(named).expanduser().is_dir():
-        raise FluxError(f"the tokenizer folder {named} does not exist; name one that holds 'tokenizer' and 'tokenizer_2'")
-    bases = [Path(named).expanduser()] if named is not None else [*folders, *_tokenizer_folders(search)]
+        raise FluxError(
+            f"the tokenizer folder {named} does not exist; name one that holds 'tokenizer' and 'tokenizer_2'"
+        )
+    bases = _tokenizer_folders([Path(named).expanduser()] if named is not None else [*folders, *search])
     rows = {"clip": "embeddings.token_embedding.weight", "t5": "shared.weight"}
     return {
         kind: load_tokenizer(kind, bases, components[kind].tensors[name].shape[0], download=named is None)
@@ -186,7 +208,11 @@ def _tokenizers(
 
 def _tokenizer_folders(search: Sequence[Path]) -> list[Path]:
     """The given folders, and a folder `tokenizers` in or beside each."""
-    return list(dict.fromkeys(place for folder in search for place in (folder, folder / "tokenizers", folder.parent / "tokenizers")))
+    return list(
+        dict.fromkeys(
+            place for folder in search for place in (folder, folder / "tokenizers", folder.parent / "tokenizers")
+        )
+    )
 
 
 def _fill_all(
@@ -223,7 +249,11 @@ def _warn_unused(report: Report, sources: Sources) -> None:
 
 
 def _assemble(
-    modules: Mapping[str, nn.Module], tokenizers: Mapping[str, object], variant: Variant, schedule: Schedule, report: Report
+    modules: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, object],
+    variant: Variant,
+    schedule: Schedule,
+    report: Report,
 ) -> Flux:
     vae = Vae(modules["vae"]) if "vae" in modules else None
     latent = vae.latent_format if vae else LatentFormat(modules["transformer"].params.out_channels // LATENTS_PER_TOKEN)

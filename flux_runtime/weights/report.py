@@ -13,7 +13,7 @@ class PartReport:
     """One component of a model, or a file of another kind."""
 
     name: str  # transformer, clip, t5, vae; or what the file is instead
-    layout: str  # whose tensor names: BFL, diffusers, transformers
+    layout: str  # whose tensor names: BFL, diffusers, transformers; empty for files of another kind
     files: tuple[str, ...]
     dtypes: Mapping[str, int]  # bytes by stored type
     parameters: int
@@ -29,8 +29,13 @@ class PartReport:
 
     def lines(self) -> list[str]:
         count = self.used + len(self.unused) + len(self.spare)
-        facts = [self.layout, " + ".join(self.dtypes), f"{human(self.parameters, '', 1000)} parameters", human(self.bytes, "B", 1000)]
-        facts.append(f"{self.used} of {count} tensors used")
+        facts = [
+            self.layout,
+            " + ".join(self.dtypes),
+            f"{human(self.parameters, '', 1000)} parameters",
+            human(self.bytes, "B", 1000),
+        ]
+        facts.append(f"{self.used} of {count} tensors used" if self.layout else f"{count} tensors")
         lines = [f"  {self.name:<12} {', '.join(fact for fact in facts if fact)}"]
         lines += [f"  {'':<12} {file}" for file in self.files[:4]]
         lines += [f"  {'':<12} and {len(self.files) - 4} more files"] if len(self.files) > 4 else []
@@ -65,7 +70,9 @@ class Report:
         """Several lines, plain text."""
         kind = f"FLUX.1 {self.variant}, " if self.variant else ""
         head = f"{self.source}: {kind}{human(self.parameters, '', 1000)} parameters, {human(self.bytes, 'B', 1000)}"
-        return "\n".join([head, *(line for part in self.parts for line in part.lines()), *(f"  {note}" for note in self.notes)])
+        return "\n".join(
+            [head, *(line for part in self.parts for line in part.lines()), *(f"  {note}" for note in self.notes)]
+        )
 
 
 def listed(names: tuple[str, ...] | list[str], shown: int = SHOWN) -> str:

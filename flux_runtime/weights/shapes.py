@@ -22,7 +22,11 @@ FLUX_GROUPS = 32  # of the published VAE's group norms
 
 def where(component: Component) -> str:
     """The component by its file, for messages."""
-    return component.files[0] if len(component.files) == 1 else f"{component.files[0]} and {len(component.files) - 1} more files"
+    return (
+        component.files[0]
+        if len(component.files) == 1
+        else f"{component.files[0]} and {len(component.files) - 1} more files"
+    )
 
 
 def count_blocks(component: Component, stack: str, *, least: int = 1) -> int:
@@ -30,7 +34,9 @@ def count_blocks(component: Component, stack: str, *, least: int = 1) -> int:
     found = set(_indices(component.tensors, stack + "."))
     lost = next((i for i in range(len(found)) if i not in found), None)
     if lost is not None or len(found) < least:
-        raise FluxError(f"{where(component)}: the {component.kind} lacks {stack}.{lost or 0}; the file is not whole, download it again")
+        raise FluxError(
+            f"{where(component)}: the {component.kind} lacks {stack}.{lost or 0}; it is not whole, download it again"
+        )
     return len(found)
 
 
@@ -45,9 +51,13 @@ def shape_of(component: Component, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, with so many dimensions, none of them 0."""
     tensor = component.tensors.get(name)
     if tensor is None:
-        raise FluxError(f"{where(component)}: the {component.kind} lacks the tensor {name!r}; the file is not whole, download it again")
+        raise FluxError(
+            f"{where(component)}: the {component.kind} lacks the tensor {name!r}; it is not whole, download it again"
+        )
     if len(tensor.shape) != rank or 0 in tensor.shape:
-        raise FluxError(f"{where(component)}: tensor {name!r} has the shape {list(tensor.shape)}, which no {component.kind} has")
+        raise FluxError(
+            f"{where(component)}: tensor {name!r} has the shape {list(tensor.shape)}, which no {component.kind} has"
+        )
     return tensor.shape
 
 
@@ -63,7 +73,10 @@ def transformer_params(component: Component) -> FluxParams:
         raise FluxError(f"{where(component)}: the transformer's width is not a multiple of its head size {head_dim}")
     axes = component.config.get("axes_dims_rope")
     good = isinstance(axes, list) and all(type(a) is int and a > 0 for a in axes) and sum(axes) == head_dim
-    return params_from_shapes(component.shapes, axes if good else None)
+    try:
+        return params_from_shapes(component.shapes, axes if good else None)
+    except FluxError as error:
+        raise FluxError(f"{where(component)}: {error}") from error
 
 
 def vae_params(component: Component) -> VaeParams:
@@ -109,7 +122,9 @@ def clip_config(component: Component) -> dict[str, Any]:
     )
     told = ("num_attention_heads", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
     if not component.config and hidden != 768:
-        log.warning("%s: no config.json; %d attention heads are assumed", where(component), config["num_attention_heads"])
+        log.warning(
+            "%s: no config.json; %d attention heads are assumed", where(component), config["num_attention_heads"]
+        )
     return config | {name: component.config[name] for name in told if component.config.get(name) is not None}
 
 

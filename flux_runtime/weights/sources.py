@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,11 @@ from . import hub
 from .contents import FOREIGN, KINDS, Component, Contents, sort_out
 from .files import WEIGHT_NAMES, component_files, open_tensors, read_json
 
+log = logging.getLogger("fluxcanvas")
+
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "weights"
 FOLDERS = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2", "vae": "vae"}
 LABELS = {"transformer": "transformer", "clip": "CLIP text encoder", "t5": "T5 text encoder", "vae": "VAE"}
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ def open_source(source: str | Path, progress: hub.Progress | None = None) -> Sou
         return replace(open_path(DEMO), name="demo", hint="demo")
     path = Path(text).expanduser()
     if not text or "\0" in text:
-        raise FluxError("no model is named; give 'demo', a folder, a .safetensors file or a Hugging Face repository (owner/name)")
+        raise FluxError(
+            "no model is named; give 'demo', a folder, a .safetensors file or a Hugging Face repository (owner/name)"
+        )
     if path.exists():
         return open_path(path)
     named = hub.split_source(text)
     if named is None or isinstance(source, Path):
-        raise FluxError(f"there is no file or folder {text}, and it is no Hugging Face repository (owner/name); check the path")
+        raise FluxError(
+            f"there is no file or folder {text}, and it is no Hugging Face repository (owner/name); check the path"
+        )
     repo, file = named
     return replace(open_path(hub.fetch_model(repo, file, progress)), name=text, hint=f"{repo} {file}")
 
@@ -56,7 +62,7 @@ def open_path(path: Path) -> Sources:
 
 
 def open_file(path: Path) -> Sources:
-    contents = read_contents([path], _config_beside(path))
+    contents = read_contents(*_files_and_config(path))
     return Sources(str(path), contents.components, (path.parent,), None, path.stem, contents.leftover, contents.foreign)
 
 
@@ -66,6 +72,9 @@ def open_folder(folder: Path) -> Sources:
     if not inside:
         return _lone_component(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    pipeline = str(index.get("_class_name", "Flux"))
+    if not pipeline.startswith("Flux") or pipeline.startswith("Flux2"):
+        return Sources(str(folder), {}, foreign=pipeline)
     absent = tuple(kind for kind, name in FOLDERS.items() if index.get(name) == [None, None])
     components = {kind: open_component(path, kind) for kind, path in inside.items() if kind not in absent}
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -81,11 +90,19 @@ def open_folder(folder: Path) -> Sources:
 
 def _lone_component(folder: Path) -> Sources:
     if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
-        files = component_files(folder)
-        contents = read_contents(files, _config_of(folder))
-        return Sources(str(folder), contents.components, (folder, folder.parent), None, folder.name, contents.leftover, contents.foreign)
+        contents = read_contents(*_files_and_config(folder))
+        return Sources(
+            str(folder),
+            contents.components,
+            (folder, folder.parent),
+            None,
+            folder.name,
+            contents.leftover,
+            contents.foreign,
+        )
     raise FluxError(
-        f"{folder} is no model: it has neither the folders of a diffusers model (transformer, vae, ...) nor a .safetensors file"
+        f"{folder} is no model: it has neither the folders of a diffusers model (transformer, vae, ...) "
+        "nor a .safetensors file; name another folder or a file"
     )
 
 
@@ -101,8 +118,7 @@ def open_component(path: Path, kind: str) -> Component:
         raise FluxError(f"the {LABELS[kind]} {path} does not exist; check the path")
     if path.is_dir() and (path / FOLDERS[kind]).is_dir():
         path = path / FOLDERS[kind]
-    files = component_files(path) if path.is_dir() else [path]
-    contents = read_contents(files, _config_of(path) if path.is_dir() else _config_beside(path))
+    contents = read_contents(*_files_and_config(path))
     if kind not in contents.components:
         raise FluxError(f"{path} holds no {LABELS[kind]}: {what_it_is(contents)}")
     component = contents.components[kind]
@@ -110,11 +126,11 @@ def open_component(path: Path, kind: str) -> Component:
     return replace(component, unknown=(*component.unknown, *contents.leftover)) if alone else component
 
 
-def what_it_is(contents: Contents) -> str:
+def what_it_is(contents: Contents | Sources) -> str:
     """A clause that says what was found instead."""
     if contents.foreign:
-        what = next(use for _, kind, use in FOREIGN if kind == contents.foreign)
-        return f"it is a {contents.foreign}, {what}"
+        what = next((use for _, kind, use in FOREIGN if kind == contents.foreign), "another family of models")
+        return f"it is a {contents.foreign}: {what}"
     if contents.components:
         return "it holds " + " and ".join(f"a {LABELS[kind]}" for kind in contents.components)
     names = ", ".join(contents.leftover[:3])
@@ -125,6 +141,11 @@ def read_contents(files: Sequence[Path], config: Mapping[str, Any]) -> Contents:
     """Sort the tensors of one component's files, or of one file with several parts, into parts."""
     tensors, metadata = open_tensors(files)
     return sort_out(tensors, tuple(map(str, files)), config, metadata)
+
+
+def _files_and_config(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The weight files of a component's folder, or the one file; and the config.json that belongs to them."""
+    return (component_files(path), _config_of(path)) if path.is_dir() else ([path], _config_beside(path))
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -140,22 +161,23 @@ def _config_beside(path: Path) -> dict[str, Any]:
 def complete(sources: Sources, wanted: Mapping[str, Any], search: Sequence[Path]) -> Sources:
     """Add the parts that a bare transformer lacks from model folders, choosing files whose sizes fit it.
 
-    `wanted` gives for each kind a test of a component; plain weights are preferred to fp8, and fp8 to what cannot be read.
+    `wanted` gives for each kind a test of a component; plain weights are preferred to fp8, fp8 to what cannot be read.
     """
     lacking = [kind for kind in KINDS if kind not in sources.components and kind not in sources.absent]
     if not lacking:
         return sources
     found: dict[str, list[Component]] = {kind: [] for kind in lacking}
-    for component in _components_in((*search, *sources.folders)):
+    for component in _components_in(sources.folders, search):
         if component.kind in found and wanted[component.kind](component):
             found[component.kind].append(component)
     chosen = {kind: min(list_, key=_readiness) for kind, list_ in found.items() if list_}
     still = [LABELS[kind] for kind in lacking if kind not in chosen]
     if still:
-        folders = ", ".join(map(str, search)) or "no model folders"
+        have = " and ".join(LABELS[kind] for kind in sources.components)
         raise FluxError(
-            f"{sources.name} holds only the {' and '.join(LABELS[k] for k in sources.components)}; missing: {', '.join(still)} "
-            f"(looked in {folders}). Put them into the model folders, or name each file with LoadFluxParts (load_parts)"
+            f"{sources.name} holds only the {have}; missing: {', '.join(still)} (looked in: "
+            f"{', '.join(map(str, search)) or 'no model folders'}). Put them into the model folders, or name each file "
+            "with LoadFluxParts (load_parts)"
         )
     return replace(sources, components={**sources.components, **chosen})
 
@@ -166,19 +188,18 @@ def _readiness(component: Component) -> int:
     return 2 if component.quantised else 1 if eighths else 0
 
 
-def _components_in(folders: Sequence[Path]) -> Iterator[Component]:
-    """Every part of a model in some folders; files that cannot be read are passed over, they are not what was asked for."""
-    seen: set[Path] = set()
-    for folder in folders:
-        indexes = sorted(path.parent for path in folder.rglob("*.safetensors.index*.json"))
-        singles = sorted(path for path in folder.rglob("*.safetensors") if not re.search(r"-\d+-of-\d+", path.name))
-        for path in (*singles, *indexes):
-            if path in seen:
-                continue
-            seen.add(path)
-            try:
-                files = component_files(path) if path.is_dir() else [path]
-                contents = read_contents(files, _config_of(path) if path.is_dir() else _config_beside(path))
-            except FluxError:
-                continue
-            yield from contents.components.values()
+def _components_in(beside: Sequence[Path], below: Sequence[Path]) -> Iterator[Component]:
+    """Every part of a model in some folders, and in others with all that is below them.
+
+    Files that cannot be read are passed over: nobody named them.
+    """
+    found = [path for folder in beside for path in folder.glob("*.safetensors*")]
+    found += [path for folder in below for path in sorted(folder.rglob("*.safetensors*"))]
+    whole = [path for path in found if not re.search(r"-\d+-of-\d+", path.name)]  # shards are found by their index
+    for path in dict.fromkeys(path.parent if path.suffix == ".json" else path for path in whole):
+        try:
+            contents = read_contents(*_files_and_config(path))
+        except FluxError as error:
+            log.info("passed over: %s", error)
+            continue
+        yield from contents.components.values()

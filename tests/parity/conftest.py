@@ -82,7 +82,9 @@ def _text_encoders(shared: Path) -> dict:
 
     clip = CLIPTextModel(CLIPTextConfig(**TEXT, vocab_size=49408, max_position_embeddings=77, projection_dim=32))
     t5 = T5EncoderModel(
-        T5Config(vocab_size=32128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        T5Config(
+            vocab_size=32128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        )
     )
     return {
         "text_encoder": clip.eval(),
@@ -111,7 +113,7 @@ def pair(shared, tmp_path_factory):
 
     made: dict = {}
 
-    def get(shape: Shape = Shape(), dtype: torch.dtype = torch.float32):  # noqa: B008 - frozen
+    def get(shape: Shape = Shape(), dtype: torch.dtype = torch.float32):
         if shape not in made:
             folder = tmp_path_factory.mktemp("oracle") / "model"
             build_pipeline(shape, shared).save_pretrained(folder)

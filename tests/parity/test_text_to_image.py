@@ -5,6 +5,7 @@ import torch
 
 from fluxcanvas.flux_runtime import FluxError, text_to_image
 from fluxcanvas.flux_runtime.model import transformer as transformer_module
+from fluxcanvas.flux_runtime.model import trunk
 
 PROMPT, NEGATIVE = "a red house under a yellow moon", "blurry, dark"
 SIZE = {"height": 64, "width": 96}
@@ -172,11 +173,11 @@ def test_unrounded_guidance_is_noticed_in_bfloat16(pair, relative, monkeypatch):
     """3.5 reads 3504 in bfloat16; an embedding of 3500 is another picture."""
     pipe, flux = pair(dtype=torch.bfloat16)
     theirs = oracle(pipe, generator=rng())
-    plain = transformer_module.sinusoid
+    plain = trunk.sinusoid
 
     def unrounded(value, dtype):
         is_guidance = value.ndim == 0
         return plain(torch.tensor(3500.0) if is_guidance else value, dtype)
 
-    monkeypatch.setattr(transformer_module, "sinusoid", unrounded)
+    monkeypatch.setattr(trunk, "sinusoid", unrounded)
     assert not torch.equal(ours(flux, generator=rng()), theirs)

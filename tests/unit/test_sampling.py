@@ -33,7 +33,12 @@ def test_euler_is_of_first_order():
 def test_the_clean_estimate_is_exact_on_a_straight_path():
     clean, noise, seen = torch.full((1, 2, 4), 3.0), torch.randn(1, 2, 4), []
     final = denoise(
-        lambda inputs: noise - clean, noise, even(5), Plain(read), solver=euler, watch=lambda step, x, c: seen.append((step, c))
+        lambda inputs: noise - clean,
+        noise,
+        even(5),
+        Plain(read),
+        solver=euler,
+        watch=lambda step, x, c: seen.append((step, c)),
     )
     assert torch.allclose(final, clean, atol=1e-5)
     assert [step.index for step, _ in seen] == [0, 1, 2, 3, 4]
@@ -59,7 +64,11 @@ def test_a_watcher_can_stop_the_run_after_any_step():
 def test_cfg_moves_away_from_the_negative():
     positive, negative = (lambda x, sigma, step: 3.0), (lambda x, sigma, step: 1.0)
     x = denoise(
-        lambda value: torch.full((1, 1, 1), value), torch.zeros(1, 1, 1), [1.0, 0.0], Cfg(positive, negative, 4.0), solver=euler
+        lambda value: torch.full((1, 1, 1), value),
+        torch.zeros(1, 1, 1),
+        [1.0, 0.0],
+        Cfg(positive, negative, 4.0),
+        solver=euler,
     )
     assert x.item() == -(1.0 + 4.0 * 2.0)
 

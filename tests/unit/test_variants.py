@@ -54,7 +54,9 @@ def test_a_missing_tensor_is_named():
         params_from_shapes(shapes)
 
 
-@pytest.mark.parametrize(("head_dim", "axes"), [(128, (16, 56, 56)), (64, (8, 28, 28)), (32, (4, 14, 14)), (24, (4, 10, 10))])
+@pytest.mark.parametrize(
+    ("head_dim", "axes"), [(128, (16, 56, 56)), (64, (8, 28, 28)), (32, (4, 14, 14)), (24, (4, 10, 10))]
+)
 def test_default_axes(head_dim, axes):
     assert default_axes(head_dim) == axes
 

@@ -1,0 +1,1 @@
+"""Control images made from pictures: edges and depth."""

@@ -1,0 +1,175 @@
+"""`inspect`: what a file, a folder or a repository is, from headers alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fluxcanvas.flux_runtime import FluxError, inspect
+from fluxcanvas.flux_runtime.weights import hub
+from fluxcanvas.flux_runtime.weights.files import TensorFile
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """Reading tensor data fails the test."""
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("tensor data was read"))
+
+
+def sizes_of_flux_dev() -> dict[str, list[int]]:
+    from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
+    from fluxcanvas.flux_runtime.variants import FluxParams
+
+    with torch.device("meta"):
+        return {name: list(t.shape) for name, t in FluxTransformer(FluxParams()).state_dict().items()}
+
+
+def write_hollow(path, shapes, dtype="BF16", size=2, prefix=""):
+    """A file of true size whose data are one hole: it takes no space on the disk."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * size
+        header[prefix + name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+
+def test_real_size_from_the_header(tmp_path, no_reading):
+    """FLUX.1-dev in fp8 has its published number of parameters; 12 GB are described without being read."""
+    path = tmp_path / "flux1-krea-dev-fp8.safetensors"
+    write_hollow(path, sizes_of_flux_dev(), "F8_E4M3", 1, "model.diffusion_model.")
+    report = inspect(path)
+    assert report.variant == "krea"
+    part = report.part("transformer")
+    assert (part.parameters, part.bytes, part.layout) == (11_901_408_320, 11_901_408_320, "BFL")
+    assert not part.missing and not part.unused
+    assert "11.9 G parameters, 11.9 GB" in report.text() and "F8_E4M3" in report.text()
+    assert "not in it: CLIP text encoder, T5 text encoder, VAE" in report.text()
+
+
+def test_demo_and_folder(no_reading, checkout):
+    report = inspect("demo")
+    assert {part.name for part in report.parts} == {"transformer", "clip", "t5", "vae"}
+    assert report.variant == "dev" and not any(part.missing or part.unused for part in report.parts)
+    assert inspect(checkout / "demo" / "weights").parameters == report.parameters
+
+
+@pytest.mark.parametrize("kind", ["transformer", "clip", "t5", "vae"])
+def test_single_parts(parts, kind, no_reading):
+    report = inspect(parts[kind])
+    assert [part.name for part in report.parts] == [kind] and not report.parts[0].missing
+
+
+def test_damage_is_described_not_raised(weights, tmp_path):
+    tensors = weights("transformer")
+    del tensors["double_blocks.0.img_attn.proj.bias"]
+    tensors["stray"] = torch.ones(1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = inspect(tmp_path / "a.safetensors")
+    assert report.part("transformer").missing == ("double_blocks.0.img_attn.proj.bias",)
+    assert "missing: 1: double_blocks.0.img_attn.proj.bias" in report.text() and "unused: 1: stray" in report.text()
+    del tensors["img_in.weight"]
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert "img_in.weight" in inspect(tmp_path / "b.safetensors").text()
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("lora_kohya", "LoRA"),
+        ("lora_xlabs", "LoRA"),
+        ("lora_diffusers", "LoRA"),
+        ("lora_aitoolkit", "LoRA"),
+        ("lora_peft_base_model", "LoRA"),
+        ("lora_bfl_control_depth", "LoRA"),
+        ("lora_onetrainer_dora", "LoRA"),
+        ("lokr_bfl", "LoKr"),
+        ("ip_adapter_xlabs", "IP-Adapter"),
+        ("ip_adapter_xlabs_v2", "IP-Adapter"),
+        ("controlnet_instantx_union", "ControlNet"),
+        ("controlnet_xlabs_canny_v2", "ControlNet"),
+    ],
+)
+def test_real_files_of_other_kinds_are_named(shared, tmp_path, file, expected):
+    """By the key lists of published files."""
+    shapes = json.loads((shared / "keys" / f"{file}.json").read_text())["shapes"]
+    write_hollow(tmp_path / "x.safetensors", shapes)
+    (part,) = inspect(tmp_path / "x.safetensors").parts
+    assert (
+        expected in part.name and part.bytes == 2 * part.parameters > 0 and f"{len(shapes)} tensors" in part.lines()[0]
+    )
+
+
+def test_quantised_files_are_named(weights, tmp_path):
+    scaled = weights("transformer") | {
+        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+        "img_in.scale_weight": torch.ones(()),
+    }
+    save_file(scaled, tmp_path / "s.safetensors")
+    assert "stored as scaled fp8" in inspect(tmp_path / "s.safetensors").text()
+    (tmp_path / "q.gguf").write_bytes(b"GGUF" + bytes(64))
+    assert "GGUF" in inspect(tmp_path / "q.gguf").text()
+
+
+def test_refusals(tmp_path):
+    for source, words in [
+        (tmp_path / "none.safetensors", "no file or folder"),
+        ("", "no file or folder"),
+        (tmp_path, "is no model"),
+    ]:
+        with pytest.raises(FluxError, match=words):
+            inspect(source)
+    torch.save({}, tmp_path / "x.ckpt")
+    with pytest.raises(FluxError, match="pickle"):
+        inspect(tmp_path / "x.ckpt")
+
+
+FILES = [
+    "model_index.json", "flux1-dev.safetensors", "ae.safetensors", "README.md", "dev_grid.jpg",
+    "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
+    "tokenizer_2/spiece.model", "text_encoder/config.json", "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "text_encoder/openvino_model.xml",
+    "text_encoder_2/config.json", "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.safetensors.index.json",
+    "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.fp16.json",
+    "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.int8.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "onnx/model.onnx",
+]  # fmt: skip
+
+
+class TestRepositories:
+    def test_only_what_is_read_is_downloaded(self):
+        chosen = set(hub.choose(FILES))
+        left = {
+            "flux1-dev.safetensors", "ae.safetensors", "README.md", "dev_grid.jpg",
+            "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
+            "text_encoder/openvino_model.xml", "onnx/model.onnx",
+            "transformer/diffusion_pytorch_model.int8.safetensors",
+        }  # fmt: skip
+        assert set(FILES) - chosen == left
+        assert len(hub.choose(FILES)) == len(chosen), "no file twice"
+        assert hub.choose(["flux1-dev-fp8.safetensors"]) == []
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("black-forest-labs/FLUX.1-dev", ("black-forest-labs/FLUX.1-dev", "")),
+            ("Comfy-Org/flux1-dev/flux1-dev-fp8.safetensors", ("Comfy-Org/flux1-dev", "flux1-dev-fp8.safetensors")),
+            ("a/b/c", None),
+            ("a/b/../x.safetensors", None),
+            ("../b", None),
+            ("models/x.safetensors", None),
+            ("plain", None),
+            ("/a/b", None),
+            ("a b/c", None),
+        ],
+    )
+    def test_what_is_a_repository(self, text, expected):
+        assert hub.split_source(text) == expected

@@ -1,0 +1,1 @@
+"""The embedded host: executes prompts and serves the canvas where no ComfyUI is installed."""
