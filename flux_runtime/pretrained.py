@@ -17,6 +17,7 @@ def load_model(kind: Any, source: str | Path, what: str, dtype: torch.dtype | st
 
     `what` names the model in errors. The dtype "auto" is that of the file.
     """
+    _check_kind(kind, source, what)
     options = {"use_safetensors": True, "output_loading_info": True, _dtype_name(): dtype}
     model, info = _explained(lambda: kind.from_pretrained(str(source), **options), source, what)
     missing = sorted(info["missing_keys"])
@@ -26,6 +27,18 @@ def load_model(kind: Any, source: str | Path, what: str, dtype: torch.dtype | st
             "name a whole checkpoint of that kind"
         )
     return model.eval().requires_grad_(False)
+
+
+def _check_kind(kind: Any, source: str | Path, what: str) -> None:
+    """Refuse a checkpoint of another class; transformers would make a model of its default size, which may be huge."""
+    import transformers
+
+    config = _explained(lambda: transformers.AutoConfig.from_pretrained(str(source)), source, what)
+    wanted = getattr(kind, "config_class", None)  # the Auto classes have none, and refuse by themselves
+    if wanted is not None and not isinstance(config, wanted):
+        raise FluxError(
+            f"{source} is not {what} but of the kind {config.model_type!r}; name one of the kind {wanted.model_type!r}"
+        )
 
 
 def load_processor(kind: Any, source: str | Path, what: str, **options: Any) -> Any:

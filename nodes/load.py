@@ -201,3 +201,13 @@ def load_flux_parts(
         device=host.device(), dtype=_dtype(dtype), search=_partner_folders(host), progress=tell,
     )  # fmt: skip
     return _given(host, flux)
+
+
+def warm_up() -> None:
+    """Import what the first model needs, which takes seconds; a host may do so while nobody waits."""
+    import transformers
+
+    from ..flux_runtime import generate, preview, weights  # noqa: F401 - imported for the time it takes
+
+    for name in ("CLIPTextModel", "CLIPTokenizerFast", "T5EncoderModel", "T5TokenizerFast"):
+        getattr(transformers, name)  # transformers imports a class's module when the class is first asked for

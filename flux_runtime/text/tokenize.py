@@ -19,7 +19,7 @@ MAX_TOKENIZER_JSON = 64_000_000  # bytes
 SUBFOLDERS = {"clip": ("tokenizer", "clip", "clip_l"), "t5": ("tokenizer_2", "t5", "t5xxl")}
 PUBLISHED = {  # the tokenizers of FLUX.1, where no licence need be accepted: repo, folder in it
     "clip": (("openai/clip-vit-large-patch14", ""),),
-    "t5": (("google/t5-v1_1-xxl", ""),),
+    "t5": (("google-t5/t5-small", ""),),  # every T5 reads this vocabulary, and not every repository has it as JSON
 }
 FILES = (
     "tokenizer.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_the_trained_sizes_are_diffusers_own():
     assert list(PREFERRED) == theirs
     rng = random.Random(0)
     shapes = [(rng.randint(1, 4000), rng.randint(1, 4000)) for _ in range(500)]
-    middles = [(a[0] * b[1] + b[0] * a[1], 2 * a[1] * b[1]) for a, b in zip(theirs, theirs[1:], strict=False)]
+    middles = [(a[0] * b[1] + b[0] * a[1], 2 * a[1] * b[1]) for a, b in itertools.pairwise(theirs)]
     for width, height in shapes + middles:
         _, *chosen = min((abs(width / height - w / h), w, h) for w, h in theirs)
         assert preferred_size(width, height) == tuple(chosen)

@@ -132,9 +132,8 @@ def test_random_masks_and_sizes():
         mask = marked(top, rng.randint(top + 1, height), left, rng.randint(left + 1, width), height, width)
         image, blend = pictures(height=height, width=width), rng.randint(0, 24)
         size = rng.choice([(0, 0), (rng.randint(1, 8) * 16, rng.randint(1, 8) * 16)])
-        crop, _, stitch = crop_for_inpaint(
-            image, mask, padding=rng.randint(0, 40), expand=rng.uniform(1, 2), width=size[0], height=size[1], blend=blend
-        )
+        wider = dict(padding=rng.randint(0, 40), expand=rng.uniform(1, 2))
+        crop, _, stitch = crop_for_inpaint(image, mask, width=size[0], height=size[1], blend=blend, **wider)
         stitched = stitch_back(stitch, torch.ones_like(crop))
         assert_untouched_outside(image, stitched, mask, blend)
         assert (stitched[mask > 0] > 0.99).all()

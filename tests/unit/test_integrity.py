@@ -216,7 +216,7 @@ def test_nothing_passes_when_the_check_fails(checker, fault):
     assert not checker.check(images())[0].flagged
     fault(checker)
     for run in (checker.check, checker.pass_on):
-        with pytest.raises(FluxError, match="failed, so no picture is passed on: .+"):
+        with pytest.raises(FluxError, match="failed, so no picture is passed on: "):
             run(images())
 
 
@@ -244,7 +244,7 @@ def test_a_missing_model_is_an_error(folders, tmp_path):
         IntegrityChecker.load(tmp_path, folders / "nsfw", device="cpu")
     with pytest.raises(FluxError, match="cannot be loaded as an NSFW classifier"):
         IntegrityChecker.load(folders / "judge", tmp_path, device="cpu")
-    with pytest.raises(FluxError, match="cannot be loaded as the Pixtral model"):
+    with pytest.raises(FluxError, match="not the Pixtral model of the integrity check but of the kind 'vit'"):
         IntegrityChecker.load(folders / "nsfw", folders / "nsfw", device="cpu")
 
 

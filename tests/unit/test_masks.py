@@ -103,9 +103,9 @@ def test_shapes_of_hosts():
 
 
 def test_a_mask_that_marks_nothing_is_refused():
-    with pytest.raises(FluxError, match="black everywhere.*invert"):
+    with pytest.raises(FluxError, match=r"black everywhere.*invert"):
         check_mask(torch.zeros(1, 4, 4))
-    with pytest.raises(FluxError, match="nowhere brighter than 0.5"):
+    with pytest.raises(FluxError, match=r"nowhere brighter than 0\.5"):
         check_mask(torch.full((1, 4, 4), 0.3))
     with pytest.raises(FluxError, match="number 2 of 3"):
         check_mask(torch.stack([torch.ones(4, 4), torch.zeros(4, 4), torch.ones(4, 4)]))

@@ -192,8 +192,8 @@ def test_checkpoints_of_another_kind_or_with_holes(checkpoint, tmp_path):
     import transformers
     from safetensors.torch import load_file, save_file
 
-    other = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=16, num_attention_heads=1, num_hidden_layers=1)
-    transformers.CLIPTextModel(other).save_pretrained(tmp_path / "clip")
+    tiny = dict(hidden_size=16, intermediate_size=16, num_attention_heads=1, num_hidden_layers=1)
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(**tiny)).save_pretrained(tmp_path / "clip")
     with pytest.raises(FluxError, match="cannot be loaded as a depth model"):
         DepthEstimator.load(tmp_path / "clip")
     holed = tmp_path / "holed"

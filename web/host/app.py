@@ -15,6 +15,7 @@ from aiohttp import web
 
 from ...flux_runtime.errors import FluxError
 from ...nodes import host as node_host
+from ...nodes.load import warm_up
 from . import examples
 from .context import CONTEXT, Context
 from .embedded import EmbeddedHost
@@ -166,6 +167,7 @@ async def _serve(app: web.Application, options: HostOptions, bound: socket.socke
         await web.SockSite(runner, bound).start()
         url = address(options, bound)
         print(f"fluxcanvas is open at {url}  (Ctrl+C ends it)", flush=True)
+        threading.Thread(target=warm_up, daemon=True).start()
         if options.open_browser:
             _open_browser(url)
         await stop.wait()

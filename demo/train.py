@@ -1,0 +1,200 @@
+"""Trains the demo model, from nothing or from an earlier one, in six stages.
+
+    python -m fluxcanvas.demo.train --work runs/demo --scale cpu --device cpu
+
+Stages: vae, text, latents, flow, distil, export. Each saves its state again and again, so that the same command goes on
+where it was killed; what is done is not done again. Steps are counted, not minutes: the same seed gives the same weights
+on a CPU. The finished model is a FLUX folder in diffusers layout at WORK/model, and sample grids are at WORK/*.png.
+"""
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..flux_runtime.flux import Flux
+from ..flux_runtime.model.transformer import FluxTransformer
+from ..flux_runtime.model.vae import AutoEncoder
+from ..flux_runtime.variants import FluxParams
+from . import train_flow, train_text, train_vae
+from .train_export import DEFAULT_TOKENS, export
+from .train_flow import Diet, Kitchen
+from .train_latents import Latents, write_shards
+from .train_look import looker
+from .train_text import Text
+from .train_tools import Plan
+
+STAGES = ("vae", "text", "latents", "flow", "distil", "export")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained: steps of the stages, shards of 256 scenes per picture size, the transformer and its diet."""
+    steps: dict[str, int]
+    shards: dict[int, int]
+    params: FluxParams
+    diet: Diet
+    continued: Diet
+
+
+CPU = Scale(steps={"vae": 4400, "text": 1200, "flow": 3200, "distil": 260}, shards={128: 48, 256: 20},
+            params=train_flow.TINY, diet=Diet(), continued=Diet(rate=.008, adam_rate=8e-4, size_weights=(1, 1.3)))
+GPU = Scale(steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000}, shards={128: 400, 256: 200},
+            params=replace(train_flow.TINY, hidden_size=256, num_heads=8, mlp_hidden=1024),
+            diet=Diet(batches=(384, 128), rate=.012), continued=Diet(batches=(384, 128), rate=.008, adam_rate=8e-4))
+SCALES = {"cpu": CPU, "gpu": GPU}
+
+
+class Training:
+    """One run in one folder; a stage reads what the stages before it have left there."""
+
+    def __init__(self, work: Path, scale: Scale, seed: int, device: torch.device, start: Path | None = None,
+                 tokens: int = DEFAULT_TOKENS) -> None:
+        self.work, self.scale, self.seed, self.device = work, scale, seed, device
+        self.start_folder, self.tokens = start, tokens
+        work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stages: tuple[str, ...] = STAGES) -> None:
+        """The stages in their order, each unless it is done."""
+        for stage in stages:
+            print(f"{stage}: begins", flush=True)
+            getattr(self, f"_{stage}")()
+
+    @cached_property
+    def start(self) -> Flux | None:
+        """The model to go on from, in float32 on the CPU."""
+        if self.start_folder is None:
+            return None
+        from ..flux_runtime.weights.load import load_flux
+
+        return load_flux(self.start_folder, device="cpu", dtype=torch.float32)
+
+    def _plan(self, stage: str) -> Plan:
+        steps = self.scale.steps[stage]
+        return Plan(stage, steps, self.seed, look_every=max(1, steps // 8))
+
+    # ------------------------------------------------------------ stages
+    def _vae(self) -> None:
+        path = self.work / "vae.safetensors"
+        if path.exists():
+            return
+        if self.start:
+            model = self.start.vae.model
+        else:
+            model = train_vae.new_vae(train_vae.TINY, self.seed)
+            train_vae.train_vae(model, self._plan("vae"), self.work, self.device)
+        store(model, path, {"scale": model.params.scale, "shift": model.params.shift})
+
+    def _text(self) -> None:
+        done = self.work / "text.safetensors"
+        if done.exists():
+            return
+        text = self._untrained_text().to(self.device).train().requires_grad_(True)
+        print("text:", train_text.train_text(text, self.work, self.seed, self.scale.steps["text"], bool(self.start)))
+        store(text, done)
+
+    def _latents(self) -> None:
+        encode = train_vae.encoder_of(self.vae(), self.device)
+        for size, count in self.scale.shards.items():
+            write_shards(encode, self.work / "latents", self.seed, size, count)
+
+    def _flow(self) -> None:
+        path = self.work / "flow.safetensors"
+        if path.exists():
+            return
+        model = self._new_transformer()
+        if self.start:
+            model.load_state_dict(self.start.transformer.state_dict())
+        plan = self._plan("flow")
+        train_flow.train_flow(model, self._kitchen(), plan, self.work, self._looker("flow", cfg=3.0))
+        store(model, path)
+
+    def _distil(self) -> None:
+        path = self.work / "distilled.safetensors"
+        if path.exists():
+            return
+        teacher, student = (restore(self._new_transformer(), self.work / "flow.safetensors") for _ in range(2))
+        plan = replace(self._plan("distil"), warmup=30, decay_from=0.0)
+        train_flow.train_distil(teacher, student, self._kitchen(), plan, self.work, self._looker("distil", guidance=3.5))
+        store(student, path)
+
+    def _export(self) -> None:
+        model = restore(self._new_transformer(), self.work / "distilled.safetensors")
+        export(self.work / "model", model, self.vae(), self.text(), self.tokens)
+        print(f"export: {self.work / 'model'}", flush=True)
+
+    # ------------------------------------------------------------ parts
+    def vae(self) -> AutoEncoder:
+        path = self.work / "vae.safetensors"
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        params = self.start.vae.params if self.start else train_vae.TINY
+        return restore(AutoEncoder(replace(params, scale=float(about["scale"]), shift=float(about["shift"]))), path).eval()
+
+    def text(self) -> Text:
+        return restore(self._untrained_text(), self.work / "text.safetensors").to(self.device).eval().requires_grad_(False)
+
+    def _untrained_text(self) -> Text:
+        if self.start:
+            old = self.start.text
+            return Text(old.clip.float(), old.t5.float(), old.clip_tokenizer, old.t5_tokenizer)
+        return train_text.new_text(self.seed)
+
+    def _new_transformer(self) -> FluxTransformer:
+        params = self.start.model.params if self.start else self.scale.params
+        return train_flow.new_transformer(params, self.seed)
+
+    def _kitchen(self) -> Kitchen:
+        folder = self.work / "latents"
+        latents = {size: Latents(folder, self.seed, size, count) for size, count in self.scale.shards.items()}
+        diet = self.scale.continued if self.start else self.scale.diet
+        return Kitchen(latents, self.text(), diet, self.device)
+
+    def _looker(self, stage: str, **settings: float) -> Callable[[nn.Module, int], str]:
+        return looker(self.work / stage, self.vae().to(self.device), self.text(), **settings)
+
+
+def store(model: nn.Module, path: Path, about: dict[str, float] | None = None) -> None:
+    """Write a part under its own names; it is there whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
+    save_file(tensors, unfinished, {name: repr(value) for name, value in (about or {}).items()})
+    unfinished.replace(path)
+
+
+def restore(model: nn.Module, path: Path) -> nn.Module:
+    """Read back what `store` wrote."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("demo-training"), help="folder of the run")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="cpu: hours on two cores; gpu: minutes on one")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--start", type=Path, help="FLUX folder to go on from (undistilled); without it, from nothing")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="default T5 tokens of the exported model")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--steps", nargs="*", default=[], metavar="STAGE=N", help="other numbers of steps than the scale's")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    scale = SCALES[args.scale]
+    own = {stage: int(count) for stage, count in (item.split("=") for item in args.steps)}
+    scale = replace(scale, steps=scale.steps | own)
+    run = Training(args.work, scale, args.seed, torch.device(args.device), args.start, args.tokens)
+    run.run(tuple(stage for stage in STAGES if stage in args.stages))
+
+
+if __name__ == "__main__":
+    main()

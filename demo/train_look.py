@@ -1,0 +1,64 @@
+"""How far training is: pictures of held-out captions as a grid, and the judge's figures for them."""
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..flux_runtime.flux import Flux, FluxModel
+from ..flux_runtime.model.vae import AutoEncoder
+from ..flux_runtime.recipes import text_to_image
+from ..flux_runtime.schedule import Schedule
+from ..flux_runtime.text.encoders import TextEncoders
+from ..flux_runtime.vae import Vae
+from ..flux_runtime.variants import VARIANTS
+from ..flux_runtime.weights.report import Report
+from .judge import figures, held_out, judge_pictures
+from .train_text import Text
+
+COUNT, STEPS, TOKENS, SIZES = 32, 12, 64, (128, 256)
+TRAINING_HELD_OUT = "captions held out to watch training"
+
+
+def looker(path: Path, vae: AutoEncoder, text: Text, guidance: float = 3.5,
+           cfg: float = 1.0) -> Callable[[nn.Module, int], str]:
+    """A function (transformer, step) that writes PATH-STEP-SIZE.png for each size and returns the judge's figures."""
+    captions = [told for _, told in held_out(COUNT, TRAINING_HELD_OUT)]
+
+    def look(transformer: nn.Module, step: int) -> str:
+        flux = assemble(transformer, vae, text)
+        found = []
+        for size in SIZES:
+            images: list[Image.Image] = []
+
+            def draw(texts: list[str], seed: int) -> list[Image.Image]:
+                negative = [""] * len(texts) if cfg > 1 else None
+                drawn = text_to_image(flux, texts, negative_prompt=negative, true_cfg_scale=cfg, guidance=guidance,
+                                      width=size, height=size, steps=STEPS, max_sequence_length=TOKENS, seed=seed)
+                images.extend(drawn)
+                return drawn
+
+            line = figures(judge_pictures(draw, captions, batch=16)).line()
+            grid(images).save(f"{path}-{step:06d}-{size}.png")
+            found.append(f"{size} px: {line}")
+        return "\n  ".join(found)
+
+    return look
+
+
+def assemble(transformer: nn.Module, vae: AutoEncoder, text: Text) -> Flux:
+    """The parts in training as the model that recipes take."""
+    handle, dev = Vae(vae), VARIANTS["dev"]
+    encoders = TextEncoders(text.clip, text.t5, text.clip_tokenizer, text.t5_tokenizer)
+    model = FluxModel(transformer, dev, Schedule(dynamic=False, shift=1.0), handle.latent_format, handle)
+    return Flux(model, encoders, handle, Report("training", (), dev.name))
+
+
+def grid(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+    """The pictures side by side, row by row."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
