@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning, Prompt
-from .conditions import Condition, Conditioner, Kind
+from .conditions import Condition, Conditioner, Kind, place
 from .errors import FluxError
 from .flux import FluxModel
 from .layout import Layout, pack
@@ -123,7 +123,7 @@ def bind(canvas: Canvas, conditions: Sequence[Condition], positive: Bound | None
     ordered = sorted(conditions, key=lambda c: c.kind)
     _check_channels(model, ordered)
     references = [c for c in ordered if c.kind is Kind.REFERENCE]
-    layout = canvas.layout(tuple(r.placed(model.latent.factor) for r in references))
+    layout = canvas.layout(place(references, canvas))
     context = transformer.prepare(canvas.text, layout.ids())
     txt = context.txt.expand(canvas.shape[0], -1, -1)
     bias = attention_bias(layout, canvas.prompts, [r.strength for r in references])

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 class Prompt:
     """Text or image tokens (B, L, C) and a pooled vector (B, P), as the transformer reads them.
 
-    `region` (H, W) in 0..1 says where the tokens count, `strength` how much attention they get (1: as they are).
+    `region` (H, W) in 0..1 says where the tokens count, `strength` how much attention they get (1: as they are),
+    `picture` that they are a picture's (Redux) and not words.
     """
 
     tokens: Tensor
     pooled: Tensor
     region: Tensor | None = None
     strength: float = 1.0
+    picture: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Prompt:
         return replace(self, tokens=self.tokens.to(device, dtype), pooled=self.pooled.to(device, dtype))
@@ -63,3 +65,18 @@ class Conditioning:
         ready = [prompt.to(device, dtype).for_batch(count) for prompt in self.prompts]
         rows = max(len(p.tokens) for p in ready)
         return tuple(replace(p, tokens=p.tokens.expand(rows, -1, -1), pooled=p.pooled.expand(rows, -1)) for p in ready)
+
+
+def combine(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Both in one picture: the prompts side by side, and every prompt and condition that they share once.
+
+    The pooled vector is the first's, and so is the guidance if it has one.
+    """
+    guidance = second.guidance if first.guidance is None else first.guidance
+    prompts, conditions = _once(first.prompts + second.prompts), _once(first.conditions + second.conditions)
+    return Conditioning(prompts, guidance, conditions)
+
+
+def _once(items: tuple) -> tuple:
+    """By identity: equal tensors of different nodes are different wishes."""
+    return tuple({id(item): item for item in items}.values())

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import FluxError
-from .layout import Placed, pack
+from .layout import PATCH, Placed, pack
 from .pictures import Source
 from .sampling import Step
 
@@ -88,7 +88,7 @@ class FillImage:
     def bind(self, canvas: Canvas) -> Conditioner:
         mask = self.mask(canvas.width, canvas.height)
         tokens = canvas.tokens(self.masked.latents(canvas.width, canvas.height))
-        flags = pack(unshuffle(mask, canvas.model.latent.factor)).to(tokens)
+        flags = canvas.for_batch(pack(unshuffle(mask, canvas.model.latent.factor))).to(tokens)
         rows = max(len(tokens), len(flags))
         return Channels(torch.cat([tokens.expand(rows, -1, -1), flags.expand(rows, -1, -1)], dim=-1))
 
@@ -102,31 +102,57 @@ def unshuffle(mask: Tensor, factor: int) -> Tensor:
 class Reference:
     """A picture that the model looks at while it draws (Kontext): clean tokens after the canvas.
 
-    `index` is the first position coordinate, `row` and `column` (in tokens) shift the place; `strength` scales the
-    attention it gets. `width` and `height` are those it is encoded at.
+    `width` and `height` are those it is encoded at, 0 the canvas's. `index` is the first position coordinate, `row` and
+    `column` (in tokens) shift the place, which holds with the method "fixed"; for the others see `place`. `strength`
+    scales the attention it gets.
     """
 
     kind: ClassVar[Kind] = Kind.REFERENCE
     serves_negative: ClassVar[bool] = True
     source: Source
-    width: int
-    height: int
+    width: int = 0
+    height: int = 0
     index: int = 1
     row: int = 0
     column: int = 0
     strength: float = 1.0
+    method: Literal["fixed", "index", "offset"] = "fixed"
 
-    def placed(self, factor: int) -> Placed:
-        return Placed(self.height // factor, self.width // factor, self.index, self.row, self.column)
+    def size(self, canvas: Canvas) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width or canvas.width, self.height or canvas.height
 
     def bind(self, canvas: Canvas) -> Conditioner:
-        tokens = canvas.tokens(self.source.latents(self.width, self.height))
+        tokens = canvas.tokens(self.source.latents(*self.size(canvas)))
 
         def lengthen(inputs: Inputs, step: Step) -> Inputs:
             widened = F.pad(tokens, (0, inputs.img.shape[-1] - tokens.shape[-1]))  # beside control channels: zeros
             return replace(inputs, img=torch.cat([inputs.img, widened.expand(len(inputs.img), -1, -1)], dim=1))
 
         return lengthen
+
+
+def place(references: Sequence[Reference], canvas: Canvas) -> tuple[Placed, ...]:
+    """Where each reference lies. With the method "index" the n-th has the index n; with "offset" the index is 1, and each
+    goes beside or below the others of that index, whichever keeps all of them together closer to a square.
+    """
+    placed: list[Placed] = []
+    for number, reference in enumerate(references, 1):
+        width, height = (side // canvas.model.latent.factor for side in reference.size(canvas))
+        index, row, column = reference.index, reference.row, reference.column
+        if reference.method != "fixed":
+            index, row, column = (number, 0, 0) if reference.method == "index" else (1, *_free(placed, height, width))
+        placed.append(Placed(height, width, index, row, column))
+    return tuple(placed)
+
+
+def _free(placed: Sequence[Placed], height: int, width: int) -> tuple[int, int]:
+    """The (row, column), in tokens, of the next place beside or below those of index 1."""
+    others = [p for p in placed if p.index == 1]
+    bottom = max((p.row + p.height // PATCH for p in others), default=0)
+    right = max((p.column + p.width // PATCH for p in others), default=0)
+    beside = height // PATCH + bottom > width // PATCH + right
+    return (0, right) if beside else (bottom, 0)
 
 
 Negative = Literal["reuse", "none", "again"]

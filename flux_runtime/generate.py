@@ -16,7 +16,7 @@ from .conditioning import Conditioning
 from .errors import FluxError
 from .flux import FluxModel
 from .guidance import Cfg, Plain
-from .inpaint import KeepOutside, renoise
+from .inpaint import Differential, KeepOutside, renoise
 from .layout import pack, unpack
 from .sampling import Guide, Solver, Step, denoise
 from .schedule import cut
@@ -52,6 +52,7 @@ def sample(
     guidance: float | None = None,
     true_cfg_scale: float = 1.0,
     noise_mask: Tensor | None = None,
+    soft_mask: bool = False,
     solver: Solver = solvers.euler,
     watch: Watcher | None = None,
 ) -> Tensor:
@@ -59,7 +60,8 @@ def sample(
 
     `start` and `end` cut the schedule, as fractions of its steps: a later start keeps more of `latents`, an earlier
     end leaves noise in the result. `noise` None means that `latents` are already at the noise level of the start.
-    `noise_mask` (B or 1, 1, any size), 1 where to draw, keeps the rest. `watch` gets (step, x, clean estimate) as
+    `noise_mask` (B or 1, 1, any size), 1 where to draw, keeps the rest; where it is grey it
+    blends, or with `soft_mask` sets from when on a pixel changes. `watch` gets (step, x, clean estimate) as
     model-space latents (B, C, h, w) after every step, and may raise to stop.
     """
     _check_latents(model, latents)
@@ -69,7 +71,7 @@ def sample(
     fresh = None if noise is None else _tokens(model, noise)
     x = source if fresh is None else _start(source, fresh, levels[0].item())
     guide = _guide(model, positive, negative, latents.shape, levels, guidance, true_cfg_scale)
-    constraints = () if noise_mask is None else (_keep(source, fresh, noise_mask, height, width),)
+    constraints = () if noise_mask is None else (_keep(source, fresh, noise_mask, height, width, soft_mask),)
     observe = None if watch is None else _unpacked(watch, height, width)
     model_call = run_transformer(model.transformer)
     x = denoise(model_call, x, levels.tolist(), guide, solver=solver, constraints=constraints, watch=observe)
@@ -116,13 +118,20 @@ def _guidance(model: FluxModel, conditioning: Conditioning, override: float | No
     return model.variant.guidance if asked is None else asked
 
 
-def _keep(source: Tensor, noise: Tensor | None, mask: Tensor, height: int, width: int) -> KeepOutside:
+def _keep(
+    source: Tensor, noise: Tensor | None, mask: Tensor, height: int, width: int, soft: bool
+) -> KeepOutside | Differential:
     if noise is None:
         raise FluxError("a masked latent needs fresh noise: switch `add_noise` on, or remove the mask")
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if len(source) % len(mask):
+        raise FluxError(
+            f"{len(mask)} masks cannot be shared out among {len(source)} pictures; use 1 or a divisor of {len(source)}"
+        )
     fitted = F.interpolate(mask, size=(height, width), mode="nearest").to(source)
     channels = source.shape[-1] // 4
-    return KeepOutside(source, noise, pack(fitted.expand(-1, channels, -1, -1)))
+    flags = pack(fitted.repeat(len(source) // len(mask), channels, 1, 1))
+    return (Differential if soft else KeepOutside)(source, noise, flags)
 
 
 def _unpacked(watch: Watcher, height: int, width: int) -> Watcher:

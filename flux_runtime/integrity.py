@@ -91,10 +91,10 @@ class IntegrityChecker:
                 load_model(transformers.AutoModelForImageClassification, nsfw, classifier).to(device),
                 load_processor(transformers.AutoImageProcessor, nsfw, classifier),
             )
-            checker.ask_nothing()
+            checker.check_ready()
         return checker
 
-    def ask_nothing(self) -> None:
+    def check_ready(self) -> None:
         """Raise where the models lack what will be asked of them: the label, and the two words of the answer."""
         self.nsfw_index()
         self.answers()

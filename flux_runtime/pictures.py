@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import FluxError
 from .fit import fit
 from .layout import PATCH
+from .masks import check_mask, mask_like, threshold_mask
 from .vae import Vae
 
 
@@ -38,6 +39,40 @@ class Picture:
         if self.vae is None:
             raise FluxError("this picture must be encoded, and no VAE is connected to the node that adds it")
         return self.vae.encode_once(self.pixels(width, height))
+
+
+@dataclass(frozen=True)
+class MaskedPicture:
+    """A picture with its mask (B, H, W) of the same size, fitted alike; its pixels are grey where the mask is white."""
+
+    picture: Picture
+    flags: Tensor
+
+    def mask(self, width: int, height: int) -> Tensor:
+        """(B, height, width) of 0 and 1; FluxError where nothing white is left of it at that size."""
+        fitted = fit(self.flags[..., None], width, height, self.picture.fit)[..., 0]
+        return threshold_mask(check_mask(fitted, what="the mask, brought to the size of the canvas,"))
+
+    def pixels(self, width: int, height: int) -> Tensor:
+        return grey_out(self.picture.pixels(width, height), self.mask(width, height))
+
+    def latents(self, width: int, height: int) -> Tensor:
+        return replace(self.picture, image=self.pixels(width, height)).latents(width, height)
+
+
+def masked_picture(picture: Picture, mask: Tensor) -> MaskedPicture:
+    """A picture and a mask of any size as one; several of one kind need one of the other, or as many."""
+    image = picture.image
+    mask = mask_like(check_mask(mask), image.shape[2], image.shape[1])
+    rows = max(len(image), len(mask))
+    if not {len(image), len(mask)} <= {1, rows}:
+        raise FluxError(f"{len(mask)} masks cannot be used with {len(image)} pictures; use one, or one for each")
+    return MaskedPicture(replace(picture, image=image.expand(rows, -1, -1, -1)), mask.expand(rows, -1, -1))
+
+
+def grey_out(pixels: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, W, 3) in 0..1 with the masked part mid-grey, which is 0 in the model's -1..1."""
+    return (pixels - 0.5) * (1 - mask[..., None]) + 0.5
 
 
 @dataclass(frozen=True)

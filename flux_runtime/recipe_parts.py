@@ -83,11 +83,6 @@ def fitted_mask(job: Job, mask: ImageLike) -> Tensor:
     return flags
 
 
-def grey_out(pixels: Tensor, mask: Tensor) -> Tensor:
-    """(B, H, W, 3) in 0..1 with the masked part mid-grey, which is 0 in the model's -1..1."""
-    return (pixels - 0.5) * (1 - mask[..., None]) + 0.5
-
-
 def control_condition(job: Job, image: ImageLike) -> ControlImage:
     return ControlImage(Encoded(job.encode_batch(as_images(image, job.width, job.height))))
 

@@ -16,7 +16,7 @@ from .conditions import FillImage
 from .flux import Flux
 from .image import ImageLike, as_images
 from .job import Common, Pictures, Texts, begin
-from .pictures import Encoded
+from .pictures import Encoded, grey_out
 from .recipe_parts import (
     Nets,
     SizeMode,
@@ -24,7 +24,6 @@ from .recipe_parts import (
     control_condition,
     encoded_source,
     fitted_mask,
-    grey_out,
     kontext_canvas,
     listed,
     masked_inputs,

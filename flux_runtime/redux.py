@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import Redux
-from .conditioning import Prompt
+from .conditioning import Conditioning, Prompt
 from .errors import FluxError
 
 Combine = Literal["sum", "average", "join"]
@@ -38,6 +39,7 @@ def redux_prompts(
     """
     tokens = thinned(redux.tokens(images), downsample)
     count = len(tokens)
+    _check(text, tokens, redux.name, combine)
     words = text.tokens.to(tokens).expand(count, -1, -1)
     pooled = text.pooled.to(tokens).expand(count, -1)
     weights, pooled_weights = (_weights(s, count, tokens) for s in (scales, pooled_scales))
@@ -50,6 +52,31 @@ def redux_prompts(
     return Prompt(words, pooled, strength=text_strength), Prompt(tokens, pooled, region, image_strength)
 
 
+def with_pictures(
+    conditioning: Conditioning,
+    redux: Redux,
+    images: Tensor,
+    *,
+    combine: Combine = "join",
+    downsample: int = 1,
+    text_strength: float = 1.0,
+    image_strength: float = 1.0,
+    region: Tensor | None = None,
+) -> Conditioning:
+    """A conditioning with pictures (n, H, W, 3) beside its words; pictures that it holds already stay as they are."""
+    if not conditioning.prompts:
+        raise FluxError("this conditioning holds no prompt; connect an Encode Prompt node to it (it may be empty)")
+    lead = next((p for p in conditioning.prompts if not p.picture), conditioning.prompts[0])
+    options = {"combine": combine, "downsample": downsample, "image_strength": image_strength, "region": region}
+    text, picture = redux_prompts(lead, redux, images, scales=[1.0], pooled_scales=[1.0], **options)
+    summed = {"tokens": text.tokens, "pooled": text.pooled} if combine == "sum" else {}
+    words = [
+        p if p.picture else replace(p, strength=p.strength * text_strength, **(summed if p is lead else {}))
+        for p in conditioning.prompts
+    ]
+    return replace(conditioning, prompts=(*words, replace(picture, picture=True)))
+
+
 def thinned(tokens: Tensor, factor: int) -> Tensor:
     """(n, side * side, C) image tokens with the mean of each factor x factor square left."""
     side = math.isqrt(tokens.shape[1])
@@ -59,6 +86,17 @@ def thinned(tokens: Tensor, factor: int) -> Tensor:
         raise FluxError(f"{tokens.shape[1]} image tokens cannot be thinned out by {factor}; use 1 to {side}")
     grid = tokens.transpose(1, 2).unflatten(2, (side, side))
     return F.interpolate(grid, size=(math.ceil(side / factor),) * 2, mode="area").flatten(2).transpose(1, 2)
+
+
+def _check(text: Prompt, tokens: Tensor, name: str, combine: Combine) -> None:
+    rows, count = len(text.tokens), len(tokens)
+    if tokens.shape[-1] != text.tokens.shape[-1]:
+        raise FluxError(
+            f"Redux {name} makes tokens of {tokens.shape[-1]} numbers and the text encoders make them of "
+            f"{text.tokens.shape[-1]}: it was made for another model"
+        )
+    if rows != 1 and (combine == "join" or rows != count):
+        raise FluxError(f"{rows} prompts cannot share {count} pictures; use one prompt")
 
 
 def _weights(scales: Sequence[float], count: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 class Edge:
     """Base of the markers. Its name on the canvas is the class's own name."""
 
-    holds: str = "object"  # the class name of the values
+    holds: tuple[str, ...] = ("object",)  # the class names of the values
     maker: str = ""  # the title of the node that makes one, for messages
 
     @classmethod
@@ -24,28 +24,37 @@ class Edge:
         remedy = f"; connect it to {cls.maker}"
         if value is None:
             return f"came empty: the node before it has nothing to give{remedy}"
-        if any(base.__name__ == cls.holds for base in type(value).__mro__):
+        if any(base.__name__ in cls.holds for base in type(value).__mro__):
             return ""
-        return f"got a {type(value).__name__} where a {cls.holds} belongs{remedy}"
+        return f"got a {type(value).__name__} where a {' or '.join(cls.holds)} belongs{remedy}"
 
 
-def _edge(name: str, holds: str, maker: str) -> type[Edge]:
+def _edge(name: str, maker: str, *holds: str) -> type[Edge]:
     return type(name, (Edge,), {"holds": holds, "maker": maker, "__module__": __name__})
 
 
 if TYPE_CHECKING:
     from torch import Tensor as IMAGE
+    from torch import Tensor as MASK
 
+    from ..flux_runtime.adapters import IPAdapter, Redux
     from ..flux_runtime.conditioning import Conditioning as FLUX_CONDITIONING
+    from ..flux_runtime.crop import Stitch as FLUX_STITCH
     from ..flux_runtime.flux import FluxModel as FLUX_MODEL
+    from ..flux_runtime.sidenets import ControlNet as FLUX_CONTROLNET
     from ..flux_runtime.text.encoders import TextEncoders as FLUX_TEXT
     from ..flux_runtime.vae import Vae as FLUX_VAE
 
+    FLUX_ADAPTER = IPAdapter | Redux
     LATENT = dict[str, Any]
 else:
-    FLUX_MODEL = _edge("FLUX_MODEL", "FluxModel", "Load FLUX")
-    FLUX_TEXT = _edge("FLUX_TEXT", "TextEncoders", "a Load FLUX that has text encoders, or Load FLUX Parts")
-    FLUX_VAE = _edge("FLUX_VAE", "Vae", "a Load FLUX that has a VAE, or Load FLUX Parts")
-    FLUX_CONDITIONING = _edge("FLUX_CONDITIONING", "Conditioning", "Encode Prompt")
-    LATENT = _edge("LATENT", "dict", "Empty Canvas or Encode Image")  # {"samples": (B, 16, H/8, W/8), ...}
-    IMAGE = _edge("IMAGE", "Tensor", "Load Image or Decode")  # (B, H, W, 3), 0..1
+    FLUX_MODEL = _edge("FLUX_MODEL", "Load FLUX", "FluxModel")
+    FLUX_TEXT = _edge("FLUX_TEXT", "a Load FLUX that has text encoders, or Load FLUX Parts", "TextEncoders")
+    FLUX_VAE = _edge("FLUX_VAE", "a Load FLUX that has a VAE, or Load FLUX Parts", "Vae")
+    FLUX_CONDITIONING = _edge("FLUX_CONDITIONING", "Encode Prompt", "Conditioning")
+    FLUX_CONTROLNET = _edge("FLUX_CONTROLNET", "Load ControlNet", "ControlNet")
+    FLUX_ADAPTER = _edge("FLUX_ADAPTER", "Load Adapter", "IPAdapter", "Redux")
+    FLUX_STITCH = _edge("FLUX_STITCH", "Crop for Inpaint", "Stitch")
+    LATENT = _edge("LATENT", "Empty Canvas or Encode Image", "dict")  # {"samples": (B, 16, H/8, W/8), ...}
+    IMAGE = _edge("IMAGE", "Load Image or Decode", "Tensor")  # (B, H, W, 3), 0..1
+    MASK = _edge("MASK", "Load Image (as Mask) or Mask Edit", "Tensor")  # (B, H, W), 0..1, 1 where to draw

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxcanvas")
 WEIGHTS = (".safetensors", ".sft", ".gguf")
-FOLDER_MARKS = {"diffusers": "model_index.json", "tokenizers": "tokenizer_config.json"}  # listed as folders, not files
+FOLDER_MARKS = {  # categories that are listed as folders, not files: the file by which a folder is known
+    "diffusers": "model_index.json",
+    "tokenizers": "tokenizer_config.json",
+    "depth": "config.json",
+    "integrity": "config.json",
+}
 DEEPEST = 3  # levels below a models folder at which a model may lie
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..flux_runtime.variants import VARIANTS
 from .edges import FLUX_MODEL, FLUX_TEXT, FLUX_VAE
-from .host import Host, current, walk
+from .host import Host, current
+from .model_files import AUTO, DTYPE_HELP, DTYPES, dtype_of, files, find, state, tell_report, telling
 from .schema import Output, node
 from .widgets import Choice
 
 if TYPE_CHECKING:
-    import torch
-
     from ..flux_runtime.flux import Flux
 
-log = logging.getLogger("fluxcanvas")
 DEMO = "demo"
-AUTO = "auto"
 SOURCES = ("diffusers", "diffusion_models", "checkpoints")  # in this order when two folders hold one name
 PARTNERS = ("text_encoders", "vae", "tokenizers", "diffusers")  # where a bare transformer finds the rest
 PART_FOLDERS = {
@@ -29,8 +25,6 @@ PART_FOLDERS = {
     "t5": ("text_encoders",),
     "vae": ("vae",),
 }
-DTYPES = (AUTO, "bfloat16", "float16", "float32")
-DTYPE_HELP = "The precision to compute in. auto: what the files hold, or what the device does well."
 
 Loaded = tuple[
     Annotated[FLUX_MODEL, Output("model"), "The transformer, for Sample."],
@@ -43,10 +37,6 @@ def _sources() -> list[str]:
     host = current()
     found = [name for category in SOURCES for name in host.files(category)]
     return list(dict.fromkeys([DEMO, *found, *(variant.repo_id for variant in VARIANTS.values())]))
-
-
-def _files(*categories: str) -> Callable[[], list[str]]:
-    return lambda: list(dict.fromkeys(name for category in categories for name in current().files(category)))
 
 
 def _tokenizers() -> list[str]:
@@ -62,24 +52,12 @@ def _tokenizer_folder(host: Host, name: str) -> Path | None:
     return host.resolve("tokenizers", inside).parent if inside else host.resolve("diffusers", name)
 
 
-def _find(host: Host, name: str, categories: Iterable[str]) -> Path | None:
-    """The path of a name offered by one of these categories; None when none offers it."""
-    return next((host.resolve(category, name) for category in categories if name in host.files(category)), None)
-
-
 def _locate(host: Host, source: str) -> str | Path:
     """What `load_flux` takes: "demo", a path, or a repo id of the table. A folder of that name comes first."""
-    path = None if source == DEMO else _find(host, source, SOURCES)
+    path = None if source == DEMO else find(host, source, SOURCES)
     if path or source == DEMO or any(source == variant.repo_id for variant in VARIANTS.values()):
         return path or source
     return host.resolve(SOURCES[1], source)  # raises, naming the folders searched
-
-
-def _state(paths: Iterable[Path]) -> str:
-    """Changes when a file in `paths` (folders: those below them) is changed, added or removed."""
-    files = (file for path in paths for file in (walk(path) if path.is_dir() else [path]))
-    stats = ((file, file.stat()) for file in files)
-    return "|".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
 
 
 def _source_state(source: str, **_: object) -> str:
@@ -88,35 +66,11 @@ def _source_state(source: str, **_: object) -> str:
     located = _locate(host, source)
     if isinstance(located, str):
         return located
-    return _state([located, *([] if located.is_dir() else _partner_folders(host))])
+    return state([located, *([] if located.is_dir() else _partner_folders(host))])
 
 
 def _partner_folders(host: Host) -> list[Path]:
     return [folder for category in PARTNERS for folder in host.folders(category) if folder.is_dir()]
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    import torch
-
-    return None if name == AUTO else getattr(torch, name)
-
-
-def _telling(host: Host) -> Callable[[str, float], None]:
-    """A `progress` for the loader: shows each new message and the fraction done, and lets the host stop it.
-
-    It speaks at once: importing what reads the text encoders takes seconds.
-    """
-    shown = [""]
-
-    def tell(message: str, fraction: float) -> None:
-        host.check_interrupt()
-        host.progress(round(100 * fraction), 100)
-        if message != shown[0]:
-            shown[0] = message
-            host.text(message)
-
-    tell("opening the files", 0.0)
-    return tell
 
 
 def _make_room(host: Host, paths: Iterable[Path]) -> None:
@@ -126,11 +80,8 @@ def _make_room(host: Host, paths: Iterable[Path]) -> None:
 
 
 def _given(host: Host, flux: Flux) -> tuple[FLUX_MODEL, FLUX_TEXT, FLUX_VAE]:
-    """The three outputs. What was loaded is shown on the node, with what was wrong with it; the log has it all."""
-    full = flux.report.text()
-    log.info(full)
-    odd = [f"{part.name}: {len(part.unused)} tensors unused" for part in flux.report.parts if part.unused]
-    host.text("\n".join([full.partition("\n")[0], *odd, *flux.report.notes]))
+    """The three outputs, and a word on them."""
+    tell_report(host, flux.report)
     return flux.model, flux.text, flux.vae
 
 
@@ -146,37 +97,37 @@ def load_flux(
 ) -> Loaded:
     """Loads a FLUX.1 model: transformer, text encoders, VAE. A bare transformer finds the rest in the model folders."""
     host = current()
-    tell = _telling(host)
+    tell = telling(host)
     from ..flux_runtime.weights import load_flux as load
 
     located = _locate(host, source)
     if isinstance(located, Path):
         _make_room(host, [located])
-    flux = load(located, device=host.device(), dtype=_dtype(dtype), search=_partner_folders(host), progress=tell)
+    flux = load(located, device=host.device(), dtype=dtype_of(dtype), search=_partner_folders(host), progress=tell)
     return _given(host, flux)
 
 
 def _parts_state(transformer: str, clip: str, t5: str, vae: str, tokenizers: str, **_: object) -> str:
     host = current()
     chosen = _parts(host, transformer, clip, t5, vae)
-    return _state([*chosen.values(), *filter(None, [_tokenizer_folder(host, tokenizers)])])
+    return state([*chosen.values(), *filter(None, [_tokenizer_folder(host, tokenizers)])])
 
 
 def _parts(host: Host, transformer: str, clip: str, t5: str, vae: str) -> dict[str, Path]:
     """The path of each part, looked for in its own folders; raises with the folders searched."""
     names = {"transformer": transformer, "clip": clip, "t5": t5, "vae": vae}
     return {
-        part: _find(host, name, PART_FOLDERS[part]) or host.resolve(PART_FOLDERS[part][0], name)
+        part: find(host, name, PART_FOLDERS[part]) or host.resolve(PART_FOLDERS[part][0], name)
         for part, name in names.items()
     }
 
 
 @node("Load FLUX Parts", category="loaders", aliases=("dual clip", "unet", "load vae"), fingerprint=_parts_state)
 def load_flux_parts(
-    transformer: Annotated[str, Choice(_files(*PART_FOLDERS["transformer"])), "The transformer (flux1-*.safetensors)."],
-    clip: Annotated[str, Choice(_files(*PART_FOLDERS["clip"])), "The CLIP-L text encoder (clip_l.safetensors)."],
-    t5: Annotated[str, Choice(_files(*PART_FOLDERS["t5"])), "The T5-XXL text encoder (t5xxl_*.safetensors)."],
-    vae: Annotated[str, Choice(_files(*PART_FOLDERS["vae"])), "The FLUX VAE (ae.safetensors)."],
+    transformer: Annotated[str, Choice(files(*PART_FOLDERS["transformer"])), "The transformer (flux1-*.safetensors)."],
+    clip: Annotated[str, Choice(files(*PART_FOLDERS["clip"])), "The CLIP-L text encoder (clip_l.safetensors)."],
+    t5: Annotated[str, Choice(files(*PART_FOLDERS["t5"])), "The T5-XXL text encoder (t5xxl_*.safetensors)."],
+    vae: Annotated[str, Choice(files(*PART_FOLDERS["vae"])), "The FLUX VAE (ae.safetensors)."],
     variant: Annotated[
         str,
         Choice((AUTO, *VARIANTS)),
@@ -191,14 +142,14 @@ def load_flux_parts(
 ) -> Loaded:
     """Loads a FLUX.1 model from four files of their own, as they lie in ComfyUI's model folders."""
     host = current()
-    tell = _telling(host)
+    tell = telling(host)
     from ..flux_runtime.weights import load_parts
 
     chosen = _parts(host, transformer, clip, t5, vae)
     _make_room(host, chosen.values())
     flux = load_parts(
         **chosen, tokenizers=_tokenizer_folder(host, tokenizers), variant=None if variant == AUTO else variant,
-        device=host.device(), dtype=_dtype(dtype), search=_partner_folders(host), progress=tell,
+        device=host.device(), dtype=dtype_of(dtype), search=_partner_folders(host), progress=tell,
     )  # fmt: skip
     return _given(host, flux)
 

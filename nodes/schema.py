@@ -122,6 +122,7 @@ def node(
     title: str,
     *,
     category: str,
+    name: str = "",
     aliases: Iterable[str] = (),
     output_node: bool = False,
     fingerprint: Callable[..., Any] | None = None,
@@ -129,13 +130,14 @@ def node(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a node; raises `DefinitionError` when the declaration is malformed.
 
+    `name` is for one that the function's own does not spell (IPAdapter).
     `fingerprint(**inputs)` gives a value that changes when the node must run again although its inputs are the same.
     `validate(...)` names the inputs it judges (they skip the host's own checks; a linked one is None) and returns True
     or a sentence.
     """
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
-        spec = _read(function, title, f"FluxCanvas/{category}", tuple(aliases))
+        spec = _read(function, name, title, f"FluxCanvas/{category}", tuple(aliases))
         function.node_class = _build(spec, output_node, fingerprint, validate)
         return function
 
@@ -175,8 +177,8 @@ def _build(spec: Spec, output_node: bool, fingerprint: Any, validate: Any) -> ty
     return type(spec.name, (), members)
 
 
-def _read(function: Callable[..., Any], title: str, category: str, aliases: tuple[str, ...]) -> Spec:
-    name = "".join(word.capitalize() for word in function.__name__.split("_"))
+def _read(function: Callable[..., Any], name: str, title: str, category: str, aliases: tuple[str, ...]) -> Spec:
+    name = name or "".join(word.capitalize() for word in function.__name__.split("_"))
     where = f"node {PREFIX}{name}"
     if not inspect.getdoc(function):
         raise DefinitionError(f"{where} has no docstring: say there what it does")

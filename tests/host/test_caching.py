@@ -233,3 +233,6 @@ def test_node_objects_are_kept_while_their_node_is_in_the_prompt(bench, toys, pr
     prompt["3"] = prompt.pop("1")
     prompt["3"]["inputs"]["seed"] = 3
     assert bench.shown(prompt, "3") == [1]
+    prompt["1"] = prompt.pop("3")
+    prompt["1"]["inputs"]["seed"] = 4
+    assert bench.shown(prompt, "1") == [1], "it was let go of when its node was not in the prompt"

@@ -125,10 +125,11 @@ def test_delete_and_clear_leave_what_runs(queue, bench):
 
 
 def test_deleting_keeps_the_order(queue):
-    put(queue, *"abcdefgh")
-    queue.delete("a")
-    queue.delete("d")
-    assert [queue.get(0).prompt_id for _ in range(6)] == list("bcefgh")
+    for number in (0, 5, 1, 6, 7, 2, 3):
+        put(queue, f"{number}", number=number)
+    queue.delete("0")
+    queue.delete("6")
+    assert [queue.get(0).prompt_id for _ in range(5)] == list("12357")
 
 
 def test_interrupt_reaches_only_what_runs(queue):

@@ -86,6 +86,11 @@ def lean(checker: IntegrityChecker, nsfw: float) -> None:
     checker.classifier.classifier.bias.copy_(torch.tensor([0.0, nsfw]))
 
 
+def words(checker: IntegrityChecker) -> list[int]:
+    """The tokens of "yes" and "no"."""
+    return checker.inputs.tokenizer.convert_tokens_to_ids(["yes", "no"])
+
+
 def answer(checker: IntegrityChecker, yes: float) -> None:
     """Make the logit of "yes" about so much larger than that of "no", for these pictures."""
     seen = []
@@ -95,7 +100,7 @@ def answer(checker: IntegrityChecker, yes: float) -> None:
     direction = seen[0] / seen[0].norm() ** 2
     weight = checker.model.lm_head.weight
     weight.copy_(20 * direction.expand_as(weight))  # every other word is likelier than both
-    yes_token, no_token = checker.answers()
+    yes_token, no_token = words(checker)
     weight[yes_token], weight[no_token] = yes / 2 * direction, -yes / 2 * direction
 
 
@@ -143,7 +148,7 @@ def test_the_answer_is_that_of_generation_with_two_words_left(checker):
     answer(checker, 0.0)
     weight = checker.model.lm_head.weight
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    yes, no = checker.answers()
+    yes, no = words(checker)
 
     def only_two(ids, scores):
         kept = torch.full_like(scores, -torch.inf)

@@ -20,11 +20,15 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "clip_vision": ("clip_vision",),
     "style_models": ("style_models",),
     "ipadapter": ("ipadapter",),
+    "xlabs_controlnets": ("xlabs/controlnets",),
+    "xlabs_ipadapters": ("xlabs/ipadapters",),
     "model_patches": ("model_patches",),
     "upscale_models": ("upscale_models",),
     "embeddings": ("embeddings",),
     "tokenizers": ("tokenizers",),
     "diffusers": ("diffusers",),
+    "depth": ("depth",),
+    "integrity": ("integrity",),
 }
 ALIASES = {"unet": "diffusion_models", "clip": "text_encoders"}
 
