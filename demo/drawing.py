@@ -1,4 +1,5 @@
 """Draws a scene with Pillow: the same scene gives the same picture, at any size."""
+
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -10,11 +11,20 @@ from .scenes import COLORS, EXTENT, Scene, Thing
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
-SKY = {"meadow": ((120, 190, 245), (214, 238, 252)), "night": ((14, 18, 56), (42, 52, 110)),
-       "sunset": ((246, 120, 84), (255, 212, 130)), "sea": ((150, 208, 246), (224, 242, 250)),
-       "snow": ((176, 194, 216), (222, 232, 242))}
-GROUND = {"meadow": (126, 200, 92), "night": (30, 66, 58), "sunset": (122, 92, 62), "sea": (38, 110, 178),
-          "snow": (246, 249, 252)}
+SKY = {
+    "meadow": ((120, 190, 245), (214, 238, 252)),
+    "night": ((14, 18, 56), (42, 52, 110)),
+    "sunset": ((246, 120, 84), (255, 212, 130)),
+    "sea": ((150, 208, 246), (224, 242, 250)),
+    "snow": ((176, 194, 216), (222, 232, 242)),
+}
+GROUND = {
+    "meadow": (126, 200, 92),
+    "night": (30, 66, 58),
+    "sunset": (122, 92, 62),
+    "sea": (38, 110, 178),
+    "snow": (246, 249, 252),
+}
 SUPERSAMPLING = 3
 
 
@@ -44,18 +54,18 @@ def paler(color: Rgb, share: float) -> Rgb:
 # ---------------------------------------------------------------- backgrounds
 def _background(scene: Scene, side: int) -> Image.Image:
     if scene.background == "plain":
-        return Image.new("RGB", (side, side), paler(COLORS[scene.paper], .35))
+        return Image.new("RGB", (side, side), paler(COLORS[scene.paper], 0.35))
     rng = random.Random(scene.seed)
     image = _sky(scene, side)
     draw = ImageDraw.Draw(image)
     if scene.background == "night":
-        _dots(draw, rng, side, 14, scene.horizon * .95, (.004, .008), (236, 236, 214))
+        _dots(draw, rng, side, 14, scene.horizon * 0.95, (0.004, 0.008), (236, 236, 214))
     phase = rng.random() * 2 * math.pi
     _ground(draw, scene, side, phase)
     if scene.background == "sea":
         _waves(draw, scene, side, phase)
     if scene.background == "snow":
-        _dots(draw, rng, side, 18, .62, (.007, .007), (252, 253, 255))
+        _dots(draw, rng, side, 18, 0.62, (0.007, 0.007), (252, 253, 255))
     return image
 
 
@@ -68,10 +78,10 @@ def _sky(scene: Scene, side: int) -> Image.Image:
 
 def _ground(draw: ImageDraw.ImageDraw, scene: Scene, side: int, phase: float) -> None:
     color, sea = GROUND[scene.background], scene.background == "sea"
-    height, swing = scene.horizon - (.06 if sea else 0), 0.0 if sea else .03
+    height, swing = scene.horizon - (0.06 if sea else 0), 0.0 if sea else 0.03
     _hill(draw, side, lambda x: height + swing * math.sin(phase + 4 * x), color)
     if not sea:
-        _hill(draw, side, lambda x: scene.horizon + .2 + swing * math.sin(phase + 2 + 3 * x), darker(color, .93))
+        _hill(draw, side, lambda x: scene.horizon + 0.2 + swing * math.sin(phase + 2 + 3 * x), darker(color, 0.93))
 
 
 def _hill(draw: ImageDraw.ImageDraw, side: int, height: Callable[[float], float], color: Rgb) -> None:
@@ -81,13 +91,20 @@ def _hill(draw: ImageDraw.ImageDraw, side: int, height: Callable[[float], float]
 
 def _waves(draw: ImageDraw.ImageDraw, scene: Scene, side: int, phase: float) -> None:
     for wave in range(3):
-        y = scene.horizon + .02 + .125 * wave
-        line = [(i / 48 * side, (y + .008 * math.sin(phase + 2 * wave + .8 * i)) * side) for i in range(49)]
-        draw.line(line, fill=(98, 164, 218), width=max(1, int(.012 * side)))
+        y = scene.horizon + 0.02 + 0.125 * wave
+        line = [(i / 48 * side, (y + 0.008 * math.sin(phase + 2 * wave + 0.8 * i)) * side) for i in range(49)]
+        draw.line(line, fill=(98, 164, 218), width=max(1, int(0.012 * side)))
 
 
-def _dots(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, count: int, lowest: float,
-          radii: tuple[float, float], color: Rgb) -> None:
+def _dots(
+    draw: ImageDraw.ImageDraw,
+    rng: random.Random,
+    side: int,
+    count: int,
+    lowest: float,
+    radii: tuple[float, float],
+    color: Rgb,
+) -> None:
     for _ in range(count):
         x, y, radius = rng.random() * side, rng.random() * side * lowest, rng.uniform(*radii) * side
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
@@ -97,14 +114,14 @@ def _footing(draw: ImageDraw.ImageDraw, thing: Thing, background: str, side: int
     """What a thing needs to stand where it does not belong: an island in the sea, a pond on land."""
     swims = thing.kind in ("boat", "fish")
     width, height = EXTENT[thing.kind]
-    x, y = thing.x * side, (thing.y + height * thing.scale / 2 - .015) * side
+    x, y = thing.x * side, (thing.y + height * thing.scale / 2 - 0.015) * side
     if background == "sea" and thing.kind in ("house", "tree", "car", "flower"):
-        reach = (width * .72 * thing.scale + .02) * side
-        draw.ellipse((x - reach, y - .03 * side, x + reach, y + .07 * side), fill=(238, 214, 150))
+        reach = (width * 0.72 * thing.scale + 0.02) * side
+        draw.ellipse((x - reach, y - 0.03 * side, x + reach, y + 0.07 * side), fill=(238, 214, 150))
     elif background != "sea" and swims:
-        reach = (width * .66 * thing.scale + .02) * side
-        y -= (.02 if thing.kind == "boat" else .03) * side
-        draw.ellipse((x - reach, y - .05 * side, x + reach, y + .06 * side), fill=(84, 156, 214))
+        reach = (width * 0.66 * thing.scale + 0.02) * side
+        y -= (0.02 if thing.kind == "boat" else 0.03) * side
+        draw.ellipse((x - reach, y - 0.05 * side, x + reach, y + 0.06 * side), fill=(84, 156, 214))
 
 
 # ---------------------------------------------------------------- things
@@ -114,7 +131,7 @@ class Pen:
     def __init__(self, draw: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
         self.draw, self.x, self.y, self.unit = draw, thing.x * side, thing.y * side, thing.scale * side
         self.mirror = -1 if thing.flipped else 1
-        self.outline_width = max(1, round(.011 * side))
+        self.outline_width = max(1, round(0.011 * side))
         self.outline_share = self.outline_width / self.unit
 
     def at(self, x: float, y: float) -> Point:
@@ -132,73 +149,77 @@ class Pen:
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Rgb, outline: Rgb | None = None) -> None:
         cx, cy = self.at(x, y)
         rx, ry = rx * self.unit, ry * self.unit
-        self.draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill, outline=outline,
-                          width=self.outline_width if outline else 1)
+        self.draw.ellipse(
+            (cx - rx, cy - ry, cx + rx, cy + ry), fill=fill, outline=outline, width=self.outline_width if outline else 1
+        )
 
     def disc(self, x: float, y: float, radius: float, fill: Rgb, outline: Rgb | None = None) -> None:
         self.oval(x, y, radius, radius, fill, outline)
 
     def line(self, points: Sequence[Point], fill: Rgb, width: float) -> None:
-        self.draw.line([self.at(*point) for point in points], fill=fill, width=max(1, int(width * self.unit)),
-                       joint="curve")
+        self.draw.line(
+            [self.at(*point) for point in points], fill=fill, width=max(1, int(width * self.unit)), joint="curve"
+        )
 
 
 def _house(pen: Pen, color: Rgb, thing: Thing) -> None:
-    dark = darker(color, .55)
+    dark = darker(color, 0.55)
     roof = (94, 72, 92) if thing.color in ("red", "orange", "pink") else (176, 62, 50)
-    pen.box(.05, -.15, .095, -.04, darker(roof, .7))
-    pen.box(-.12, -.03, .12, .16, color, dark)
-    pen.polygon([(-.155, -.02), (0, -.16), (.155, -.02)], roof, darker(roof, .6))
-    pen.box(-.075, .05, -.015, .16, (108, 66, 44))
-    pen.box(.025, .025, .09, .09, (255, 236, 150), dark)
+    pen.box(0.05, -0.15, 0.095, -0.04, darker(roof, 0.7))
+    pen.box(-0.12, -0.03, 0.12, 0.16, color, dark)
+    pen.polygon([(-0.155, -0.02), (0, -0.16), (0.155, -0.02)], roof, darker(roof, 0.6))
+    pen.box(-0.075, 0.05, -0.015, 0.16, (108, 66, 44))
+    pen.box(0.025, 0.025, 0.09, 0.09, (255, 236, 150), dark)
 
 
 def _tree(pen: Pen, color: Rgb, thing: Thing) -> None:
-    pen.box(-.028, .02, .028, .18, (116, 76, 46), (78, 50, 32))
-    crown = [(-.065, 0, .07), (.065, 0, .07), (0, -.09 - .01 * thing.variation, .085), (0, -.01, .085)]
+    pen.box(-0.028, 0.02, 0.028, 0.18, (116, 76, 46), (78, 50, 32))
+    crown = [(-0.065, 0, 0.07), (0.065, 0, 0.07), (0, -0.09 - 0.01 * thing.variation, 0.085), (0, -0.01, 0.085)]
     for x, y, radius in crown:
-        pen.disc(x, y, radius, darker(color, .6))
+        pen.disc(x, y, radius, darker(color, 0.6))
     for x, y, radius in crown:
         pen.disc(x, y, radius - pen.outline_share, color)
-    pen.disc(-.03, -.1, .022, paler(color, .3))
+    pen.disc(-0.03, -0.1, 0.022, paler(color, 0.3))
 
 
 def _car(pen: Pen, color: Rgb, thing: Thing) -> None:
-    dark, glass = darker(color, .55), (206, 232, 248)
-    pen.polygon([(-.10, -.01), (-.065, -.095), (.055, -.095), (.105, -.01)], color, dark)
-    pen.polygon([(-.075, -.015), (-.05, -.075), (-.008, -.075), (-.008, -.015)], glass)
-    pen.polygon([(.012, -.015), (.012, -.075), (.045, -.075), (.078, -.015)], glass)
-    pen.polygon([(-.16, .055), (-.155, -.005), (-.14, -.018), (.13, -.018), (.158, .01), (.16, .055)], color, dark)
-    for x in (-.085, .085):
-        pen.disc(x, .058, .042, (42, 42, 50))
-        pen.disc(x, .058, .017, (200, 200, 205))
+    dark, glass = darker(color, 0.55), (206, 232, 248)
+    pen.polygon([(-0.10, -0.01), (-0.065, -0.095), (0.055, -0.095), (0.105, -0.01)], color, dark)
+    pen.polygon([(-0.075, -0.015), (-0.05, -0.075), (-0.008, -0.075), (-0.008, -0.015)], glass)
+    pen.polygon([(0.012, -0.015), (0.012, -0.075), (0.045, -0.075), (0.078, -0.015)], glass)
+    pen.polygon(
+        [(-0.16, 0.055), (-0.155, -0.005), (-0.14, -0.018), (0.13, -0.018), (0.158, 0.01), (0.16, 0.055)], color, dark
+    )
+    for x in (-0.085, 0.085):
+        pen.disc(x, 0.058, 0.042, (42, 42, 50))
+        pen.disc(x, 0.058, 0.017, (200, 200, 205))
 
 
 def _flower(pen: Pen, color: Rgb, thing: Thing) -> None:
-    pen.line([(0, -.04), (0, .16)], (52, 124, 56), .02)
-    pen.polygon([(0, .10), (.06, .05), (.075, .075), (.02, .125)], (70, 150, 70), (44, 100, 48))
+    pen.line([(0, -0.04), (0, 0.16)], (52, 124, 56), 0.02)
+    pen.polygon([(0, 0.10), (0.06, 0.05), (0.075, 0.075), (0.02, 0.125)], (70, 150, 70), (44, 100, 48))
     for petal in range(6):
         angle = thing.variation + petal * math.pi / 3
-        pen.disc(.062 * math.cos(angle), -.07 + .062 * math.sin(angle), .036, color, darker(color, .65))
-    pen.disc(0, -.07, .034, (120, 76, 40) if thing.color in ("yellow", "orange") else (252, 214, 70))
+        pen.disc(0.062 * math.cos(angle), -0.07 + 0.062 * math.sin(angle), 0.036, color, darker(color, 0.65))
+    pen.disc(0, -0.07, 0.034, (120, 76, 40) if thing.color in ("yellow", "orange") else (252, 214, 70))
 
 
 def _boat(pen: Pen, color: Rgb, thing: Thing) -> None:
-    pen.line([(0, -.155), (0, .07)], (104, 68, 42), .014)
-    pen.polygon([(.014, -.15), (.014, .035), (.125, .035)], (252, 250, 244), (150, 150, 150))
-    pen.polygon([(-.014, -.11), (-.014, .035), (-.095, .035)], (240, 236, 226), (150, 150, 150))
-    pen.polygon([(-.155, .055), (.155, .055), (.105, .155), (-.105, .155)], color, darker(color, .55))
-    pen.line([(-.14, .075), (.14, .075)], paler(color, .45), .014)
+    pen.line([(0, -0.155), (0, 0.07)], (104, 68, 42), 0.014)
+    pen.polygon([(0.014, -0.15), (0.014, 0.035), (0.125, 0.035)], (252, 250, 244), (150, 150, 150))
+    pen.polygon([(-0.014, -0.11), (-0.014, 0.035), (-0.095, 0.035)], (240, 236, 226), (150, 150, 150))
+    pen.polygon([(-0.155, 0.055), (0.155, 0.055), (0.105, 0.155), (-0.105, 0.155)], color, darker(color, 0.55))
+    pen.line([(-0.14, 0.075), (0.14, 0.075)], paler(color, 0.45), 0.014)
 
 
 def _fish(pen: Pen, color: Rgb, thing: Thing) -> None:
-    dark, fin = darker(color, .55), darker(color, .85)
-    pen.polygon([(-.06, 0), (-.16, -.075), (-.14, 0), (-.16, .075)], fin, dark)
-    pen.polygon([(-.03, -.06), (.02, -.1), (.05, -.055)], fin, dark)
-    pen.oval(.03, 0, .12, .07, color, dark)
-    pen.line([(.005, -.045), (.02, 0), (.005, .045)], paler(color, .45), .016)
-    pen.disc(.095, -.02, .017, (255, 255, 255))
-    pen.disc(.1, -.02, .009, (20, 20, 26))
+    dark, fin = darker(color, 0.55), darker(color, 0.85)
+    pen.polygon([(-0.06, 0), (-0.16, -0.075), (-0.14, 0), (-0.16, 0.075)], fin, dark)
+    pen.polygon([(-0.03, -0.06), (0.02, -0.1), (0.05, -0.055)], fin, dark)
+    pen.oval(0.03, 0, 0.12, 0.07, color, dark)
+    pen.line([(0.005, -0.045), (0.02, 0), (0.005, 0.045)], paler(color, 0.45), 0.016)
+    pen.disc(0.095, -0.02, 0.017, (255, 255, 255))
+    pen.disc(0.1, -0.02, 0.009, (20, 20, 26))
 
 
 def _polar(radius: float, angle: float) -> Point:
@@ -207,52 +228,71 @@ def _polar(radius: float, angle: float) -> Point:
 
 def _sun(pen: Pen, color: Rgb, thing: Thing) -> None:
     for ray in range(10):
-        angle = thing.variation * .6 + 2 * math.pi * ray / 10
-        pen.polygon([_polar(.16, angle), _polar(.1, angle + .22), _polar(.1, angle - .22)], darker(color, .93))
-    pen.disc(0, 0, .1, color, darker(color, .8))
+        angle = thing.variation * 0.6 + 2 * math.pi * ray / 10
+        pen.polygon([_polar(0.16, angle), _polar(0.1, angle + 0.22), _polar(0.1, angle - 0.22)], darker(color, 0.93))
+    pen.disc(0, 0, 0.1, color, darker(color, 0.8))
 
 
 def _moon(pen: Pen, color: Rgb, thing: Thing) -> None:
-    pen.mirror = -1                                    # always a waning moon, like the letter C
-    angles = [math.pi * (i / 24 - .5) for i in range(25)]
-    outer = [(.14 * math.cos(a) - .04, .14 * math.sin(a)) for a in angles]
-    inner = [(.065 * math.cos(a) - .04, .14 * math.sin(a)) for a in reversed(angles)]
+    pen.mirror = -1  # always a waning moon, like the letter C
+    angles = [math.pi * (i / 24 - 0.5) for i in range(25)]
+    outer = [(0.14 * math.cos(a) - 0.04, 0.14 * math.sin(a)) for a in angles]
+    inner = [(0.065 * math.cos(a) - 0.04, 0.14 * math.sin(a)) for a in reversed(angles)]
     color = (253, 238, 160) if thing.color == "yellow" else color
-    pen.polygon(outer + inner, color, darker(color, .75))
+    pen.polygon(outer + inner, color, darker(color, 0.75))
 
 
 def _star(pen: Pen, color: Rgb, thing: Thing) -> None:
-    points = [_polar(.062 if i % 2 else .14, (i / 5 - .5) * math.pi) for i in range(10)]
-    pen.polygon(points, color, darker(color, .65))
+    points = [_polar(0.062 if i % 2 else 0.14, (i / 5 - 0.5) * math.pi) for i in range(10)]
+    pen.polygon(points, color, darker(color, 0.65))
 
 
 def _cloud(pen: Pen, color: Rgb, thing: Thing) -> None:
-    puffs = [(-.105, .03, .062), (-.03, -.02, .075), (.06, 0, .075), (.12, .04, .055)]
-    for inset, fill in ((0, darker(color, .78)), (pen.outline_share, color)):
+    puffs = [(-0.105, 0.03, 0.062), (-0.03, -0.02, 0.075), (0.06, 0, 0.075), (0.12, 0.04, 0.055)]
+    for inset, fill in ((0, darker(color, 0.78)), (pen.outline_share, color)):
         for x, y, radius in puffs:
             pen.disc(x, y, radius - inset, fill)
-        pen.box(-.105, .03, .12, .095 - inset, fill)
+        pen.box(-0.105, 0.03, 0.12, 0.095 - inset, fill)
 
 
 def _balloon(pen: Pen, color: Rgb, thing: Thing) -> None:
-    dark, stripe = darker(color, .6), paler(color, .5)
+    dark, stripe = darker(color, 0.6), paler(color, 0.5)
     for side in (-1, 1):
-        pen.line([(.06 * side, .03), (.022 * side, .12)], (96, 66, 44), .009)
-    pen.polygon([(-.105, -.02), (-.03, .085), (.03, .085), (.105, -.02)], color, dark)
-    pen.disc(0, -.055, .115, color, dark)
-    pen.oval(0, -.055, .05, .112, stripe)
-    pen.polygon([(-.045, -.01), (-.012, .08), (.012, .08), (.045, -.01)], stripe)
-    pen.box(-.03, .115, .03, .165, (150, 100, 58), (92, 60, 36))
+        pen.line([(0.06 * side, 0.03), (0.022 * side, 0.12)], (96, 66, 44), 0.009)
+    pen.polygon([(-0.105, -0.02), (-0.03, 0.085), (0.03, 0.085), (0.105, -0.02)], color, dark)
+    pen.disc(0, -0.055, 0.115, color, dark)
+    pen.oval(0, -0.055, 0.05, 0.112, stripe)
+    pen.polygon([(-0.045, -0.01), (-0.012, 0.08), (0.012, 0.08), (0.045, -0.01)], stripe)
+    pen.box(-0.03, 0.115, 0.03, 0.165, (150, 100, 58), (92, 60, 36))
 
 
 def _heart(pen: Pen, color: Rgb, thing: Thing) -> None:
     angles = [2 * math.pi * i / 40 for i in range(40)]
-    pen.polygon([(.13 * math.sin(a) ** 3, -.0085 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a)
-                                                    - math.cos(4 * a)) - .015) for a in angles],
-                color, darker(color, .65))
-    pen.disc(-.055, -.06, .02, paler(color, .45))
+    pen.polygon(
+        [
+            (
+                0.13 * math.sin(a) ** 3,
+                -0.0085 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) - 0.015,
+            )
+            for a in angles
+        ],
+        color,
+        darker(color, 0.65),
+    )
+    pen.disc(-0.055, -0.06, 0.02, paler(color, 0.45))
 
 
 DRAWERS: dict[str, Callable[[Pen, Rgb, Thing], None]] = {
-    "house": _house, "tree": _tree, "car": _car, "flower": _flower, "boat": _boat, "fish": _fish, "sun": _sun,
-    "moon": _moon, "star": _star, "cloud": _cloud, "balloon": _balloon, "heart": _heart}
+    "house": _house,
+    "tree": _tree,
+    "car": _car,
+    "flower": _flower,
+    "boat": _boat,
+    "fish": _fish,
+    "sun": _sun,
+    "moon": _moon,
+    "star": _star,
+    "cloud": _cloud,
+    "balloon": _balloon,
+    "heart": _heart,
+}

@@ -1,10 +1,12 @@
 """What a caption states about a picture, and nothing that it leaves open."""
+
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ThingFacts:
     """A thing that is there; None is what the words do not say."""
+
     kind: str
     color: str | None = None
     size: str | None = None
@@ -15,6 +17,7 @@ class ThingFacts:
 @dataclass(frozen=True)
 class Relation:
     """`first` is `kind` (left, right, above, below, beside) of `second`; both are indices into the things."""
+
     kind: str
     first: int
     second: int
@@ -23,6 +26,7 @@ class Relation:
 @dataclass(frozen=True)
 class Facts:
     """Background, the colour of the paper if it is plain, things in the order of their mention, relations."""
+
     background: str | None = None
     paper: str | None = None
     things: tuple[ThingFacts, ...] = ()

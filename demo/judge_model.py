@@ -1,11 +1,11 @@
 """The judge's eye: a small convolutional network that says which things a 128 px picture shows, where and how."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ EYE = Path(__file__).resolve().parent / "judge.safetensors"
 class Answers:
     """Raw answers for B pictures: background (B, 6), paper (B, 9), per kind there (B, 12), doubled (B, 12),
     color (B, 12, 9), scale (B, 12) and place (B, 12, 2) as x, y in fractions of the picture."""
+
     background: Tensor
     paper: Tensor
     there: Tensor
@@ -35,15 +36,19 @@ class Eye(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_layer(3, WIDTHS[0], 8, 4, 2), *_layer(WIDTHS[0], WIDTHS[1], 4, 2, 1),
-                                  *_layer(WIDTHS[1], WIDTHS[2], 3, 1, 1), *_layer(WIDTHS[2], WIDTHS[3], 3, 1, 1))
+        self.body = nn.Sequential(
+            *_layer(3, WIDTHS[0], 8, 4, 2),
+            *_layer(WIDTHS[0], WIDTHS[1], 4, 2, 1),
+            *_layer(WIDTHS[1], WIDTHS[2], 3, 1, 1),
+            *_layer(WIDTHS[2], WIDTHS[3], 3, 1, 1),
+        )
         width = WIDTHS[-1]
         self.maps = nn.Conv2d(width, len(KINDS), 3, padding=1)
         self.scene = nn.Linear(width, len(BACKGROUNDS) + len(COLOR_NAMES))
-        self.ask = nn.Parameter(torch.randn(len(KINDS), width, len(COLOR_NAMES) + 2) * .05)
+        self.ask = nn.Parameter(torch.randn(len(KINDS), width, len(COLOR_NAMES) + 2) * 0.05)
         self.bias = nn.Parameter(torch.zeros(len(KINDS), len(COLOR_NAMES) + 2))
         self.counter = Counter()
-        ticks = (torch.arange(GRID) + .5) / GRID
+        ticks = (torch.arange(GRID) + 0.5) / GRID
         self.register_buffer("cells", torch.cartesian_prod(ticks, ticks).flip(1), persistent=False)
 
     def forward(self, pictures: Tensor) -> Answers:
@@ -56,10 +61,15 @@ class Eye(nn.Module):
         place = attention @ self.cells
         scene = self.scene(features.mean((2, 3))).float()
         colors = len(COLOR_NAMES)
-        return Answers(background=scene[:, :len(BACKGROUNDS)], paper=scene[:, len(BACKGROUNDS):],
-                       there=.2 * maps.logsumexp(-1) + answers[..., colors],
-                       doubled=self.counter(maps, self.cells), color=answers[..., :colors],
-                       scale=answers[..., colors + 1], place=place)
+        return Answers(
+            background=scene[:, : len(BACKGROUNDS)],
+            paper=scene[:, len(BACKGROUNDS) :],
+            there=0.2 * maps.logsumexp(-1) + answers[..., colors],
+            doubled=self.counter(maps, self.cells),
+            color=answers[..., :colors],
+            scale=answers[..., colors + 1],
+            place=place,
+        )
 
 
 class Counter(nn.Module):
@@ -85,8 +95,12 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int, padding: int) ->
 
 def to_eye(images: Sequence[Image.Image]) -> Tensor:
     """Pictures of any size as (B, 3, 128, 128) in -1..1."""
-    small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) if image.size != (SIDE, SIDE)
-             else image.convert("RGB") for image in images]
+    small = [
+        image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+        if image.size != (SIDE, SIDE)
+        else image.convert("RGB")
+        for image in images
+    ]
     return torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,4 +1,5 @@
 """Reads a caption back into facts, so that a picture can be judged by its prompt alone."""
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,9 +19,15 @@ def facts_of(text: str) -> Facts:
     tokens = _tokens(text)
     position = 0
     while position < len(tokens):
-        length = next((n for n in range(min(LONGEST, len(tokens) - position), 0, -1)
-                       if tuple(tokens[position:position + n]) in PHRASES), 0)
-        for role, value in PHRASES.get(tuple(tokens[position:position + length]), ()):
+        length = next(
+            (
+                n
+                for n in range(min(LONGEST, len(tokens) - position), 0, -1)
+                if tuple(tokens[position : position + n]) in PHRASES
+            ),
+            0,
+        )
+        for role, value in PHRASES.get(tuple(tokens[position : position + length]), ()):
             reader.hear(role, value)
         position += max(1, length)
     return reader.facts()
@@ -34,6 +41,7 @@ def _tokens(text: str) -> list[str]:
 @dataclass
 class _Reader:
     """Attributes wait for their noun; places belong to the last noun of the clause, or wait for the first."""
+
     background: str | None = None
     paper: str | None = None
     things: list[dict[str, str]] = field(default_factory=list)
@@ -96,10 +104,20 @@ def _entries() -> Iterator[tuple[str, tuple[Meaning, ...]]]:
     """Every phrase with what it means; later entries do not replace earlier ones."""
     for separator in SEPARATORS:
         yield separator, (("separator", ""),)
-    for role, table in (("kind", words.NOUNS), ("color", words.COLORS), ("size", words.SIZES), ("place", words.PLACES),
-                        ("relation", words.RELATIONS), ("its_side", words.ITS_SIDE), ("row", words.PAPER_ROWS),
-                        ("background", words.BACKGROUNDS), ("row", {"top": words.SKY_ROW, "bottom": words.GROUND_ROW}),
-                        ("background", words.ALSO_BACKGROUNDS), ("place", words.ALSO_PLACES), ("row", words.ALSO_ROWS)):
+    for role, table in (
+        ("kind", words.NOUNS),
+        ("color", words.COLORS),
+        ("size", words.SIZES),
+        ("place", words.PLACES),
+        ("relation", words.RELATIONS),
+        ("its_side", words.ITS_SIDE),
+        ("row", words.PAPER_ROWS),
+        ("background", words.BACKGROUNDS),
+        ("row", {"top": words.SKY_ROW, "bottom": words.GROUND_ROW}),
+        ("background", words.ALSO_BACKGROUNDS),
+        ("place", words.ALSO_PLACES),
+        ("row", words.ALSO_ROWS),
+    ):
         for value, phrases in table.items():
             for phrase in phrases:
                 yield phrase, ((role, value),)

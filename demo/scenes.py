@@ -1,46 +1,72 @@
-"""A storybook world: what a scene is, and how a random one is composed. The pictures are in `drawing`, the words in `captions`."""
+"""A storybook world: what a scene is, and how a random one is composed (drawn by `drawing`, told by `captions`)."""
+
 import math
 import random
 from dataclasses import dataclass, replace
 
-COLORS = {"red": (214, 52, 48), "orange": (243, 140, 40), "yellow": (250, 212, 60), "green": (70, 160, 70),
-          "blue": (52, 104, 208), "purple": (134, 70, 172), "pink": (245, 148, 188), "white": (248, 247, 242),
-          "brown": (134, 86, 50)}
+COLORS = {
+    "red": (214, 52, 48),
+    "orange": (243, 140, 40),
+    "yellow": (250, 212, 60),
+    "green": (70, 160, 70),
+    "blue": (52, 104, 208),
+    "purple": (134, 70, 172),
+    "pink": (245, 148, 188),
+    "white": (248, 247, 242),
+    "brown": (134, 86, 50),
+}
 COLOR_NAMES = tuple(COLORS)
 SKY_KINDS = ("sun", "moon", "star", "cloud", "balloon", "heart")
 GROUND_KINDS = ("house", "tree", "car", "flower", "boat", "fish")
 KINDS = GROUND_KINDS + SKY_KINDS
 BACKGROUNDS = ("meadow", "night", "sunset", "sea", "snow", "plain")
-SIZES = {"small": .72, "": 1.0, "large": 1.32}
+SIZES = {"small": 0.72, "": 1.0, "large": 1.32}
 SLOTS = ("left", "middle", "right")
-ROWS = {"top": .22, "mid": .5, "bottom": .72}
+ROWS = {"top": 0.22, "mid": 0.5, "bottom": 0.72}
 
 USUAL_COLOR = {"tree": "green", "sun": "yellow", "moon": "yellow", "star": "yellow", "cloud": "white", "heart": "red"}
 ALLOWED_COLORS = {"sun": ("yellow", "orange", "red"), "moon": ("yellow", "white")}
-EXTENT = {"house": (.30, .32), "tree": (.27, .36), "car": (.33, .20), "flower": (.20, .32), "boat": (.32, .32),
-          "fish": (.32, .20), "sun": (.32, .32), "moon": (.22, .28), "star": (.27, .27), "cloud": (.36, .19),
-          "balloon": (.24, .34), "heart": (.26, .25)}
-LIKELY = {"meadow": {"sun": 3, "cloud": 3, "house": 2, "tree": 2, "flower": 2, "balloon": 2},
-          "night": {"moon": 5, "star": 3, "house": 2, "tree": 2},
-          "sunset": {"sun": 3, "tree": 2, "house": 2, "balloon": 2},
-          "sea": {"boat": 5, "fish": 5, "sun": 2, "cloud": 2, "moon": 2},
-          "snow": {"house": 3, "tree": 3, "cloud": 2},
-          "plain": {"heart": 3, "star": 2, "fish": 2}}
-COLUMNS = {1: {"left": .23, "middle": .5, "right": .77}, 2: {"left": .28, "right": .72},
-           3: {"left": .19, "middle": .5, "right": .81}}
-GROUND_LINE, HORIZON = .87, .62
+EXTENT = {
+    "house": (0.30, 0.32),
+    "tree": (0.27, 0.36),
+    "car": (0.33, 0.20),
+    "flower": (0.20, 0.32),
+    "boat": (0.32, 0.32),
+    "fish": (0.32, 0.20),
+    "sun": (0.32, 0.32),
+    "moon": (0.22, 0.28),
+    "star": (0.27, 0.27),
+    "cloud": (0.36, 0.19),
+    "balloon": (0.24, 0.34),
+    "heart": (0.26, 0.25),
+}
+LIKELY = {
+    "meadow": {"sun": 3, "cloud": 3, "house": 2, "tree": 2, "flower": 2, "balloon": 2},
+    "night": {"moon": 5, "star": 3, "house": 2, "tree": 2},
+    "sunset": {"sun": 3, "tree": 2, "house": 2, "balloon": 2},
+    "sea": {"boat": 5, "fish": 5, "sun": 2, "cloud": 2, "moon": 2},
+    "snow": {"house": 3, "tree": 3, "cloud": 2},
+    "plain": {"heart": 3, "star": 2, "fish": 2},
+}
+COLUMNS = {
+    1: {"left": 0.23, "middle": 0.5, "right": 0.77},
+    2: {"left": 0.28, "right": 0.72},
+    3: {"left": 0.19, "middle": 0.5, "right": 0.81},
+}
+GROUND_LINE, HORIZON = 0.87, 0.62
 
 
 @dataclass(frozen=True)
 class Thing:
     """One thing of a scene; `x`, `y` is its middle and `scale` its size, in fractions of the picture."""
+
     kind: str
     color: str
     size: str
     row: str
     slot: str = "middle"
-    x: float = .5
-    y: float = .5
+    x: float = 0.5
+    y: float = 0.5
     scale: float = 1.0
     variation: float = 0.0
     flipped: bool = False
@@ -55,6 +81,7 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     """A background (with the colour of the paper when it is plain) and one to three things, all of different kinds."""
+
     background: str
     paper: str | None
     things: tuple[Thing, ...]
@@ -64,7 +91,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often what is drawn: weights of one, two and three things, factors per kind, share of pairs on one line."""
+    """How often what is drawn: weights of one, two and three things, factors per kind, share of things on one line."""
+
     counts: tuple[float, float, float] = (4, 5, 3)
     factors: tuple[tuple[str, float], ...] = ()
     same_row: float = 0.0
@@ -72,7 +100,9 @@ class Mixture:
 
 USUAL = Mixture()
 # What the first weights were weakest at comes more often in training; held-out captions are always drawn from USUAL.
-TRAINING = Mixture(counts=(3, 5, 4), factors=(("flower", 2.0), ("fish", 2.0), ("car", 1.4), ("boat", 1.2)), same_row=.15)
+TRAINING = Mixture(
+    counts=(3, 5, 4), factors=(("flower", 2.0), ("fish", 2.0), ("car", 1.4), ("boat", 1.2)), same_row=0.15
+)
 
 
 def sample_scene(rng: random.Random, mixture: Mixture = USUAL) -> Scene:
@@ -84,9 +114,9 @@ def sample_scene(rng: random.Random, mixture: Mixture = USUAL) -> Scene:
     if background == "plain":
         things = _free_rows(rng, things)
     things = _place(rng, things, background)
-    if len(things) == 2 and things[0].row != things[1].row and rng.random() < .45:   # stacked: "above" is exact
+    if len(things) == 2 and things[0].row != things[1].row and rng.random() < 0.45:  # stacked: "above" is exact
         things[1] = replace(things[1], x=things[0].x, slot=things[0].slot)
-    return Scene(background, paper, tuple(things), HORIZON + .04 * (rng.random() - .5), rng.randrange(1 << 30))
+    return Scene(background, paper, tuple(things), HORIZON + 0.04 * (rng.random() - 0.5), rng.randrange(1 << 30))
 
 
 def _kinds(rng: random.Random, background: str, mixture: Mixture) -> list[str]:
@@ -104,27 +134,27 @@ def _kinds(rng: random.Random, background: str, mixture: Mixture) -> list[str]:
 
 def _thing(rng: random.Random, kind: str, paper: str | None) -> Thing:
     usual = USUAL_COLOR.get(kind)
-    often = .5 if kind in ("tree", "star", "cloud", "heart") else .8
+    often = 0.5 if kind in ("tree", "star", "cloud", "heart") else 0.8
     if usual and usual != paper and rng.random() < often:
         color = usual
     else:
         allowed = ALLOWED_COLORS.get(kind, COLOR_NAMES)
         color = rng.choice([name for name in allowed if name != paper])
     row = "top" if kind in SKY_KINDS else "bottom"
-    if rng.random() < (.4 if kind == "heart" else .05):
+    if rng.random() < (0.4 if kind == "heart" else 0.05):
         row = "bottom" if row == "top" else "top"
     size = rng.choices(("small", "", "large"), (1, 3, 1))[0]
-    return Thing(kind, color, size, row, variation=rng.random(), flipped=rng.random() < .5)
+    return Thing(kind, color, size, row, variation=rng.random(), flipped=rng.random() < 0.5)
 
 
 def _free_rows(rng: random.Random, things: list[Thing]) -> list[Thing]:
     """On plain paper nothing stands on the ground: one row in the middle, or two rows."""
     if len(things) == 1:
         return [replace(things[0], row=rng.choices(("top", "mid", "bottom"), (1, 3, 1))[0])]
-    if rng.random() < .5 or len({thing.row for thing in things}) == 1:
+    if rng.random() < 0.5 or len({thing.row for thing in things}) == 1:
         things = [replace(thing, row="mid") for thing in things]
-    if len(things) == 2 and rng.random() < .35:
-        things = [replace(thing, row=row) for thing, row in zip(things, rng.sample(("top", "bottom"), 2))]
+    if len(things) == 2 and rng.random() < 0.35:
+        things = [replace(thing, row=row) for thing, row in zip(things, rng.sample(("top", "bottom"), 2), strict=True)]
     return things
 
 
@@ -135,23 +165,23 @@ def _place(rng: random.Random, things: list[Thing], background: str) -> list[Thi
         line = [thing for thing in things if thing.row == row]
         rng.shuffle(line)
         slots = {0: (), 1: rng.choices(SLOTS, (3, 4, 3)), 2: ("left", "right"), 3: SLOTS}[len(line)]
-        for thing, slot in zip(line, slots):
+        for thing, slot in zip(line, slots, strict=True):
             placed[thing.kind] = _at(rng, thing, slot, len(line), background)
     return [placed[thing.kind] for thing in things]
 
 
 def _at(rng: random.Random, thing: Thing, slot: str, in_row: int, background: str) -> Thing:
-    crowded = .86 if in_row == 3 else 1.0
-    scale = SIZES[thing.size] * crowded * (1 + .06 * (rng.random() - .5))
-    x = COLUMNS[in_row][slot] + .03 * (rng.random() - .5)
-    jitter = .03 * (rng.random() - .5)
+    crowded = 0.86 if in_row == 3 else 1.0
+    scale = SIZES[thing.size] * crowded * (1 + 0.06 * (rng.random() - 0.5))
+    x = COLUMNS[in_row][slot] + 0.03 * (rng.random() - 0.5)
+    jitter = 0.03 * (rng.random() - 0.5)
     half = EXTENT[thing.kind][1] * scale / 2
     y = ROWS[thing.row] + jitter
     if thing.row == "bottom" and background != "plain":
-        floats = .06 if background == "sea" and thing.kind == "boat" else 0.0
+        floats = 0.06 if background == "sea" and thing.kind == "boat" else 0.0
         y = GROUND_LINE + jitter - half - floats
     if thing.row == "top":
-        y = max(y, half + .03)
+        y = max(y, half + 0.03)
     return replace(thing, slot=slot, x=x, y=y, scale=scale)
 
 

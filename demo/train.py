@@ -2,10 +2,11 @@
 
     python -m fluxcanvas.demo.train --work runs/demo --scale cpu --device cpu
 
-Stages: vae, text, latents, flow, distil, export. Each saves its state again and again, so that the same command goes on
-where it was killed; what is done is not done again. Steps are counted, not minutes: the same seed gives the same weights
-on a CPU. The finished model is a FLUX folder in diffusers layout at WORK/model, and sample grids are at WORK/*.png.
+Stages: vae, text, latents, flow, distil, export. Each saves its state again and again, so that the same command goes
+on where it was killed; what is done is not done again. Steps are counted, not minutes: the same seed gives the same
+weights on a CPU. The finished model is a FLUX folder in diffusers layout at WORK/model, sample grids are WORK/*.png.
 """
+
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ STAGES = ("vae", "text", "latents", "flow", "distil", "export")
 @dataclass(frozen=True)
 class Scale:
     """How much is trained: steps of the stages, shards of 256 scenes per picture size, the transformer and its diet."""
+
     steps: dict[str, int]
     shards: dict[int, int]
     params: FluxParams
@@ -42,19 +44,35 @@ class Scale:
     continued: Diet
 
 
-CPU = Scale(steps={"vae": 4400, "text": 1200, "flow": 3200, "distil": 260}, shards={128: 48, 256: 20},
-            params=train_flow.TINY, diet=Diet(), continued=Diet(rate=.008, adam_rate=8e-4, size_weights=(1, 1.3)))
-GPU = Scale(steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000}, shards={128: 400, 256: 200},
-            params=replace(train_flow.TINY, hidden_size=256, num_heads=8, mlp_hidden=1024),
-            diet=Diet(batches=(384, 128), rate=.012), continued=Diet(batches=(384, 128), rate=.008, adam_rate=8e-4))
+CPU = Scale(
+    steps={"vae": 4400, "text": 1200, "flow": 3200, "distil": 260},
+    shards={128: 48, 256: 20},
+    params=train_flow.TINY,
+    diet=Diet(),
+    continued=Diet(rate=0.008, adam_rate=8e-4, size_weights=(1, 1.3)),
+)
+GPU = Scale(
+    steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000},
+    shards={128: 400, 256: 200},
+    params=replace(train_flow.TINY, hidden_size=256, num_heads=8, mlp_hidden=1024),
+    diet=Diet(batches=(384, 128), rate=0.012),
+    continued=Diet(batches=(384, 128), rate=0.008, adam_rate=8e-4),
+)
 SCALES = {"cpu": CPU, "gpu": GPU}
 
 
 class Training:
     """One run in one folder; a stage reads what the stages before it have left there."""
 
-    def __init__(self, work: Path, scale: Scale, seed: int, device: torch.device, start: Path | None = None,
-                 tokens: int = DEFAULT_TOKENS) -> None:
+    def __init__(
+        self,
+        work: Path,
+        scale: Scale,
+        seed: int,
+        device: torch.device,
+        start: Path | None = None,
+        tokens: int = DEFAULT_TOKENS,
+    ) -> None:
         self.work, self.scale, self.seed, self.device = work, scale, seed, device
         self.start_folder, self.tokens = start, tokens
         work.mkdir(parents=True, exist_ok=True)
@@ -120,7 +138,9 @@ class Training:
             return
         teacher, student = (restore(self._new_transformer(), self.work / "flow.safetensors") for _ in range(2))
         plan = replace(self._plan("distil"), warmup=30, decay_from=0.0)
-        train_flow.train_distil(teacher, student, self._kitchen(), plan, self.work, self._looker("distil", guidance=3.5))
+        train_flow.train_distil(
+            teacher, student, self._kitchen(), plan, self.work, self._looker("distil", guidance=3.5)
+        )
         store(student, path)
 
     def _export(self) -> None:
@@ -134,10 +154,14 @@ class Training:
         with safe_open(path, "pt") as file:
             about = file.metadata()
         params = self.start.vae.params if self.start else train_vae.TINY
-        return restore(AutoEncoder(replace(params, scale=float(about["scale"]), shift=float(about["shift"]))), path).eval()
+        return restore(
+            AutoEncoder(replace(params, scale=float(about["scale"]), shift=float(about["shift"]))), path
+        ).eval()
 
     def text(self) -> Text:
-        return restore(self._untrained_text(), self.work / "text.safetensors").to(self.device).eval().requires_grad_(False)
+        return (
+            restore(self._untrained_text(), self.work / "text.safetensors").to(self.device).eval().requires_grad_(False)
+        )
 
     def _untrained_text(self) -> Text:
         if self.start:
@@ -186,7 +210,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="default T5 tokens of the exported model")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--steps", nargs="*", default=[], metavar="STAGE=N", help="other numbers of steps than the scale's")
+    parser.add_argument(
+        "--steps", nargs="*", default=[], metavar="STAGE=N", help="other numbers of steps than the scale's"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scale = SCALES[args.scale]

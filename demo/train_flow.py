@@ -1,4 +1,5 @@
-"""Stages "flow" and "distil": the FLUX transformer as a rectified flow on latents, then guidance folded into its embedding."""
+"""Stages "flow" and "distil": the transformer as a rectified flow on latents, then guidance folded into its embedding."""
+
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +18,16 @@ from .train_latents import Latents
 from .train_text import Text
 from .train_tools import Course, Muon, Plan
 
-TINY = FluxParams(vec_in_dim=128, context_in_dim=128, hidden_size=192, num_heads=6, mlp_hidden=768, depth=2,
-                  depth_single=4, axes_dim=(4, 14, 14))
+TINY = FluxParams(
+    vec_in_dim=128,
+    context_in_dim=128,
+    hidden_size=192,
+    num_heads=6,
+    mlp_hidden=768,
+    depth=2,
+    depth_single=4,
+    axes_dim=(4, 14, 14),
+)
 NOTHING, UNASKED = len(KINDS), -100
 GUIDANCE = (1.0, 5.0)
 
@@ -27,23 +36,25 @@ GUIDANCE = (1.0, 5.0)
 class Diet:
     """What the transformer is fed: picture sizes with weights and batches, T5 lengths with weights (long ones in the
     distillation too, so that prompts padded to 512 tokens work), and what counts how much."""
+
     sizes: tuple[int, ...] = (128, 256)
     size_weights: tuple[float, ...] = (1, 1)
     batches: tuple[int, ...] = (40, 12)
     lengths: tuple[int, ...] = (32, 48, 64)
     length_weights: tuple[float, ...] = (2, 5, 3)
     long_lengths: tuple[int, ...] = (128, 256, 512)
-    long_share: float = .04
-    empty: float = .1
+    long_share: float = 0.04
+    empty: float = 0.1
     object_weight: float = 3.0
-    aid: float = .1
-    rate: float = .015
+    aid: float = 0.1
+    rate: float = 0.015
     adam_rate: float = 1.5e-3
 
 
 @dataclass(frozen=True)
 class Meal:
     """One batch: clean tokens (B, N, 64), captions, what each token shows, the latent side and the T5 length."""
+
     clean: Tensor
     texts: list[str]
     shown: "Shown"
@@ -53,7 +64,8 @@ class Meal:
 
 @dataclass(frozen=True)
 class Shown:
-    """Per token: kind (B, N) with NOTHING for the background, color (B, N), place inside the thing (B, N, 2) in -1..1."""
+    """Per token: kind (B, N), NOTHING for the background, color (B, N), place inside the thing (B, N, 2) in -1..1."""
+
     kind: Tensor
     color: Tensor
     place: Tensor
@@ -86,7 +98,7 @@ def shown(scenes: list[Scene], side: int, device: torch.device) -> Shown:
     """What each of the side x side tokens is part of; used to weigh the loss and for the aid."""
     kind = torch.full((len(scenes), side, side), NOTHING)
     color, place = torch.full_like(kind, UNASKED), torch.zeros(*kind.shape, 2)
-    ticks = (torch.arange(side) + .5) / side
+    ticks = (torch.arange(side) + 0.5) / side
     for index, scene in enumerate(scenes):
         for thing in scene.things:
             x0, y0, x1, y1 = thing.box
@@ -122,7 +134,7 @@ class Aid(nn.Module):
 
 
 def new_transformer(params: FluxParams, seed: int) -> FluxTransformer:
-    """Random weights; modulations, the output and the guidance start at zero, so that every block starts as identity."""
+    """Random weights; modulations, output and guidance start at zero, so that every block starts as identity."""
     torch.manual_seed(seed)
     model = FluxTransformer(params)
     silent = ("mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear", "guidance_in.out_layer")
@@ -132,8 +144,9 @@ def new_transformer(params: FluxParams, seed: int) -> FluxTransformer:
     return model
 
 
-def velocity(model: FluxTransformer, noisy: Tensor, sigma: Tensor, guidance: Tensor, words: tuple[Tensor, Tensor],
-             side: int) -> Tensor:
+def velocity(
+    model: FluxTransformer, noisy: Tensor, sigma: Tensor, guidance: Tensor, words: tuple[Tensor, Tensor], side: int
+) -> Tensor:
     """The model's velocity for canvas tokens (B, N, 64) at sigma (B,), for latents of side x side; in float32."""
     tokens, pooled = words
     context = model.prepare(tokens, Layout((tokens.shape[1],), side, side).ids())
@@ -141,16 +154,17 @@ def velocity(model: FluxTransformer, noisy: Tensor, sigma: Tensor, guidance: Ten
 
 
 def noise_levels(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Mostly logit-normal, leaning to the noisy side, where the layout is decided, the more so the larger the picture."""
-    lean = .6 if side <= 16 else 1.0
+    """Mostly logit-normal, leaning to the noisy side, where the layout is decided; more so in larger pictures."""
+    lean = 0.6 if side <= 16 else 1.0
     leaning = torch.sigmoid(lean + torch.randn(count, generator=generator))
     even = torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < .2, even, leaning)
+    return torch.where(torch.rand(count, generator=generator) < 0.2, even, leaning)
 
 
 @dataclass(frozen=True)
 class Question:
     """A noisy batch and what was mixed into it."""
+
     noisy: Tensor
     noise: Tensor
     sigma: Tensor
@@ -174,8 +188,14 @@ def weighted_error(predicted: Tensor, wanted: Tensor, truth: Shown, object_weigh
     return ((predicted - wanted).square().mean(2) * weight).sum() / weight.sum()
 
 
-def train_flow(model: FluxTransformer, kitchen: Kitchen, plan: Plan, folder: Path,
-               look: Callable[[nn.Module, int], str] | None = None, until: int | None = None) -> FluxTransformer:
+def train_flow(
+    model: FluxTransformer,
+    kitchen: Kitchen,
+    plan: Plan,
+    folder: Path,
+    look: Callable[[nn.Module, int], str] | None = None,
+    until: int | None = None,
+) -> FluxTransformer:
     """Train the flow; the aid fades out over the stage."""
     diet, device = kitchen.diet, kitchen.device
     torch.manual_seed(plan.seed)
@@ -200,14 +220,21 @@ def is_matrix(name: str) -> bool:
     return "_blocks." in name and ".norm" not in name
 
 
-def train_distil(teacher: FluxTransformer, student: FluxTransformer, kitchen: Kitchen, plan: Plan, folder: Path,
-                 look: Callable[[nn.Module, int], str] | None = None, until: int | None = None) -> FluxTransformer:
+def train_distil(
+    teacher: FluxTransformer,
+    student: FluxTransformer,
+    kitchen: Kitchen,
+    plan: Plan,
+    folder: Path,
+    look: Callable[[nn.Module, int], str] | None = None,
+    until: int | None = None,
+) -> FluxTransformer:
     """Teach the student to give in one pass what the teacher gives with true CFG at the guidance in the embedding.
 
     For an empty prompt it keeps the teacher's plain answer, so that true CFG goes on working with it.
     """
     device = kitchen.device
-    kitchen.diet = replace(kitchen.diet, long_share=.12)
+    kitchen.diet = replace(kitchen.diet, long_share=0.12)
     teacher, student = teacher.to(device).eval().requires_grad_(False), student.to(device)
     with torch.no_grad():
         for parameter in student.guidance_in.out_layer.parameters():
@@ -217,15 +244,17 @@ def train_distil(teacher: FluxTransformer, student: FluxTransformer, kitchen: Ki
         rng, generator = plan.dice(step)
         meal = kitchen.meal(rng, 0.0)
         asked = Question.about(meal, generator)
-        empty = [rng.random() < .08 for _ in meal.texts]
+        empty = [rng.random() < 0.08 for _ in meal.texts]
         wanted = _guided(teacher, kitchen, meal, asked, torch.tensor(empty, device=device))
-        words = kitchen.words(["" if blank else text for blank, text in zip(empty, meal.texts)], meal.length)
+        words = kitchen.words(
+            ["" if blank else text for blank, text in zip(empty, meal.texts, strict=True)], meal.length
+        )
         with torch.autocast(device.type, torch.bfloat16):
             found = velocity(student, asked.noisy, asked.sigma, asked.guidance, words, meal.side)
         return weighted_error(found, wanted, meal.shown, kitchen.diet.object_weight)
 
-    optimiser = Muon(student.named_parameters(), kitchen.diet.rate * .2, kitchen.diet.adam_rate * .5, is_matrix)
-    course = Course(plan, student, optimiser, folder, decay=.995)
+    optimiser = Muon(student.named_parameters(), kitchen.diet.rate * 0.2, kitchen.diet.adam_rate * 0.5, is_matrix)
+    course = Course(plan, student, optimiser, folder, decay=0.995)
     course.run(loss_of, look and (lambda _, step: look(student, step)), until)
     return student
 

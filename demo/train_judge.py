@@ -2,9 +2,10 @@
 
     python -m fluxcanvas.demo.train_judge --steps 2400 --out judge.safetensors
 
-So that "there" means a well-formed thing, some things are badly deformed in training and must be called absent, others a
-little and must still be seen; some scenes hold a thing twice and must be called doubled.
+So that "there" means a well-formed thing, some things are badly deformed in training and must be called absent, others
+a little and must still be seen; some scenes hold a thing twice, and it must be called doubled.
 """
+
 import argparse
 import random
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from .drawing import render
 from .judge_model import EYE, SIDE, Answers, Eye, save_eye, to_eye
 from .scenes import BACKGROUNDS, COLOR_NAMES, KINDS, Scene, sample_scene
 
-BATCH, PEAK_RATE, WARMUP, COUNTING_RATE = 32, 4e-3, 50, .1
+BATCH, PEAK_RATE, WARMUP, COUNTING_RATE = 32, 4e-3, 50, 0.1
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Truth:
     """What the eye should answer; `known` marks the things whose colour, scale and place can be asked for."""
+
     background: Tensor
     paper: Tensor
     there: Tensor
@@ -43,7 +45,7 @@ def train(steps: int, seed: int = 3, out: Path = EYE) -> Eye:
     optimiser = torch.optim.AdamW(eye.parameters(), PEAK_RATE, weight_decay=1e-3)
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP) * max(.01, 1 - step / steps)
+            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP) * max(0.01, 1 - step / steps)
         pictures, truth = batch(rng, noise)
         with torch.autocast("cpu", torch.bfloat16):
             answers = eye(pictures.contiguous(memory_format=torch.channels_last))
@@ -62,8 +64,8 @@ def teach_counting(eye: Eye, rng: random.Random, noise: torch.Generator, steps: 
     eye.eval().requires_grad_(False).counter.requires_grad_(True)
     optimiser = torch.optim.Adam(eye.counter.parameters(), COUNTING_RATE)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = COUNTING_RATE * max(.01, 1 - step / steps)
-        pictures, truth = batch(rng, noise, doubled=.5)
+        optimiser.param_groups[0]["lr"] = COUNTING_RATE * max(0.01, 1 - step / steps)
+        pictures, truth = batch(rng, noise, doubled=0.5)
         there = truth.there > 0
         logits = eye(pictures).doubled[there]
         loss = F.binary_cross_entropy_with_logits(logits, truth.doubled[there])
@@ -76,7 +78,7 @@ def teach_counting(eye: Eye, rng: random.Random, noise: torch.Generator, steps: 
     return eye
 
 
-def batch(rng: random.Random, noise: torch.Generator, doubled: float = .16) -> tuple[Tensor, Truth]:
+def batch(rng: random.Random, noise: torch.Generator, doubled: float = 0.16) -> tuple[Tensor, Truth]:
     """Fresh scenes, spoilt in the ways a generator spoils them, and the truth about them.
 
     The share `doubled` of those with several things shows one kind twice.
@@ -91,33 +93,35 @@ def _perhaps_doubled(rng: random.Random, scene: Scene, share: float) -> Scene:
         return scene
     first, second = rng.sample(range(len(scene.things)), 2)
     things = list(scene.things)
-    things[second] = replace(things[second], kind=things[first].kind,
-                             color=rng.choice((things[first].color, things[second].color)))
+    things[second] = replace(
+        things[second], kind=things[first].kind, color=rng.choice((things[first].color, things[second].color))
+    )
     return replace(scene, things=tuple(things))
 
 
-def spoil(pictures: Tensor, scenes: list[Scene], rng: random.Random,
-          noise: torch.Generator) -> tuple[Tensor, set[tuple[int, str]]]:
-    """Deform one thing in some pictures, then blur, noise and brightness; returns also (picture, kind) of the ruined."""
-    axis = (torch.arange(SIDE) + .5) / (SIDE / 2) - 1
+def spoil(
+    pictures: Tensor, scenes: list[Scene], rng: random.Random, noise: torch.Generator
+) -> tuple[Tensor, set[tuple[int, str]]]:
+    """Deform one thing in some pictures, then blur, noise, brightness; returns also (picture, kind) of the ruined."""
+    axis = (torch.arange(SIDE) + 0.5) / (SIDE / 2) - 1
     straight = torch.cartesian_prod(axis, axis).flip(1).reshape(SIDE, SIDE, 2)
     grid, gone = straight.repeat(len(scenes), 1, 1, 1), set()
     for index, scene in enumerate(scenes):
         fate = rng.random()
-        if fate > .45:
+        if fate > 0.45:
             continue
-        thing, ruined = rng.choice(scene.things), fate < .25
-        strength = rng.uniform(.07, .12) if ruined else rng.uniform(0, .016)
+        thing, ruined = rng.choice(scene.things), fate < 0.25
+        strength = rng.uniform(0.07, 0.12) if ruined else rng.uniform(0, 0.016)
         grid[index] += strength * _warp(thing.box, noise)
         if ruined:
             gone.add((index, thing.kind))
     pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    if rng.random() < .6:
-        share = rng.uniform(0, .6)
+    if rng.random() < 0.6:
+        share = rng.uniform(0, 0.6)
         soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
         pictures = pictures.lerp(soft, share)
-    grain = torch.randn(pictures.shape, generator=noise) * rng.uniform(0, .05)
-    return pictures + grain + rng.uniform(-.06, .06), gone
+    grain = torch.randn(pictures.shape, generator=noise) * rng.uniform(0, 0.05)
+    return pictures + grain + rng.uniform(-0.06, 0.06), gone
 
 
 def _warp(box: tuple[float, float, float, float], noise: torch.Generator) -> Tensor:
@@ -126,17 +130,23 @@ def _warp(box: tuple[float, float, float, float], noise: torch.Generator) -> Ten
     field = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")[0].permute(1, 2, 0)
     x0, y0, x1, y1 = (int(edge * SIDE) for edge in box)
     mask = torch.zeros(SIDE, SIDE, 1)
-    mask[max(0, y0 - 4):y1 + 4, max(0, x0 - 4):x1 + 4] = 1
+    mask[max(0, y0 - 4) : y1 + 4, max(0, x0 - 4) : x1 + 4] = 1
     return field * mask
 
 
 def truth_of(scenes: list[Scene], gone: set[tuple[int, str]]) -> Truth:
     """A doubled thing has no one colour or place; a ruined one does not count."""
     count, kinds = len(scenes), len(KINDS)
-    truth = Truth(torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
-                  torch.tensor([COLOR_NAMES.index(scene.paper) if scene.paper else IGNORED for scene in scenes]),
-                  torch.zeros(count, kinds), torch.zeros(count, kinds), torch.zeros(count, kinds, dtype=torch.bool),
-                  torch.full((count, kinds), IGNORED), torch.zeros(count, kinds), torch.zeros(count, kinds, 2))
+    truth = Truth(
+        torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
+        torch.tensor([COLOR_NAMES.index(scene.paper) if scene.paper else IGNORED for scene in scenes]),
+        torch.zeros(count, kinds),
+        torch.zeros(count, kinds),
+        torch.zeros(count, kinds, dtype=torch.bool),
+        torch.full((count, kinds), IGNORED),
+        torch.zeros(count, kinds),
+        torch.zeros(count, kinds, 2),
+    )
     for index, scene in enumerate(scenes):
         for thing in scene.things:
             kind = KINDS.index(thing.kind)
@@ -158,7 +168,7 @@ def loss_of(answers: Answers, truth: Truth) -> Tensor:
     loss = loss + 8 * (answers.place[known] - truth.place[known]).abs().mean()
     loss = loss + 2 * (answers.scale[known] - truth.scale[known]).abs().mean()
     if (truth.paper >= 0).any():
-        loss = loss + .5 * F.cross_entropy(answers.paper, truth.paper, ignore_index=IGNORED)
+        loss = loss + 0.5 * F.cross_entropy(answers.paper, truth.paper, ignore_index=IGNORED)
     return loss
 
 

@@ -3,6 +3,7 @@
 A shard holds latents alone. Its scenes are composed again from the shard's name, so they are always the same, and every
 epoch can put new words to them.
 """
+
 import os
 import random
 from collections.abc import Callable
@@ -36,7 +37,9 @@ def write_shards(encode: Encode, folder: Path, seed: int, size: int, count: int)
         path = shard_path(folder, seed, size, index)
         if path.exists():
             continue
-        parts = [encode(to_tensor(scenes, size)).half().cpu() for scenes in _chunks(shard_scenes(seed, size, index), 16)]
+        parts = [
+            encode(to_tensor(scenes, size)).half().cpu() for scenes in _chunks(shard_scenes(seed, size, index), 16)
+        ]
         unfinished = path.with_suffix(".part")
         save_file({"latents": torch.cat(parts).contiguous()}, unfinished)
         os.replace(unfinished, path)
@@ -50,7 +53,7 @@ def to_tensor(scenes: list[Scene], size: int) -> Tensor:
 
 
 def _chunks(items: list[Scene], length: int) -> list[list[Scene]]:
-    return [items[start:start + length] for start in range(0, len(items), length)]
+    return [items[start : start + length] for start in range(0, len(items), length)]
 
 
 class Latents:
@@ -58,7 +61,9 @@ class Latents:
 
     def __init__(self, folder: Path, seed: int, size: int, count: int) -> None:
         self.scenes = [scene for index in range(count) for scene in shard_scenes(seed, size, index)]
-        self.latents = torch.cat([load_file(shard_path(folder, seed, size, index))["latents"] for index in range(count)])
+        self.latents = torch.cat(
+            [load_file(shard_path(folder, seed, size, index))["latents"] for index in range(count)]
+        )
 
     def batch(self, rng: random.Random, count: int) -> tuple[Tensor, list[Scene]]:
         """`count` scenes at random, with their latents in float32."""

@@ -1,8 +1,8 @@
 """How far training is: pictures of held-out captions as a grid, and the judge's figures for them."""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import nn
 
@@ -14,37 +14,54 @@ from ..flux_runtime.text.encoders import TextEncoders
 from ..flux_runtime.vae import Vae
 from ..flux_runtime.variants import VARIANTS
 from ..flux_runtime.weights.report import Report
-from .judge import figures, held_out, judge_pictures
+from .evaluation import figures, held_out, judge_pictures
 from .train_text import Text
 
 COUNT, STEPS, TOKENS, SIZES = 32, 12, 64, (128, 256)
 TRAINING_HELD_OUT = "captions held out to watch training"
 
 
-def looker(path: Path, vae: AutoEncoder, text: Text, guidance: float = 3.5,
-           cfg: float = 1.0) -> Callable[[nn.Module, int], str]:
+def looker(
+    path: Path, vae: AutoEncoder, text: Text, guidance: float = 3.5, cfg: float = 1.0
+) -> Callable[[nn.Module, int], str]:
     """A function (transformer, step) that writes PATH-STEP-SIZE.png for each size and returns the judge's figures."""
     captions = [told for _, told in held_out(COUNT, TRAINING_HELD_OUT)]
 
     def look(transformer: nn.Module, step: int) -> str:
         flux = assemble(transformer, vae, text)
-        found = []
+        lines = []
         for size in SIZES:
-            images: list[Image.Image] = []
-
-            def draw(texts: list[str], seed: int) -> list[Image.Image]:
-                negative = [""] * len(texts) if cfg > 1 else None
-                drawn = text_to_image(flux, texts, negative_prompt=negative, true_cfg_scale=cfg, guidance=guidance,
-                                      width=size, height=size, steps=STEPS, max_sequence_length=TOKENS, seed=seed)
-                images.extend(drawn)
-                return drawn
-
-            line = figures(judge_pictures(draw, captions, batch=16)).line()
-            grid(images).save(f"{path}-{step:06d}-{size}.png")
-            found.append(f"{size} px: {line}")
-        return "\n  ".join(found)
+            draw = Drawn(flux, size, guidance, cfg)
+            lines.append(f"{size} px: {figures(judge_pictures(draw, captions, batch=16)).line()}")
+            grid(draw.images).save(f"{path}-{step:06d}-{size}.png")
+        return "\n  ".join(lines)
 
     return look
+
+
+class Drawn:
+    """Draws prompts and keeps the pictures."""
+
+    def __init__(self, flux: Flux, size: int, guidance: float, cfg: float) -> None:
+        self.flux, self.size, self.guidance, self.cfg = flux, size, guidance, cfg
+        self.images: list[Image.Image] = []
+
+    def __call__(self, texts: list[str], seed: int) -> list[Image.Image]:
+        negative = [""] * len(texts) if self.cfg > 1 else None
+        drawn = text_to_image(
+            self.flux,
+            texts,
+            negative_prompt=negative,
+            true_cfg_scale=self.cfg,
+            guidance=self.guidance,
+            seed=seed,
+            width=self.size,
+            height=self.size,
+            steps=STEPS,
+            max_sequence_length=TOKENS,
+        )
+        self.images += drawn
+        return drawn
 
 
 def assemble(transformer: nn.Module, vae: AutoEncoder, text: Text) -> Flux:

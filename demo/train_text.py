@@ -1,11 +1,12 @@
 """Stage "text": tiny CLIP and T5 encoders that learn to understand captions.
 
-Both are asked for the scene behind the words: which of the twelve things are there and, for each, its colour, size, column
-and row, and the background. T5 answers through one attention query per thing, so that the tokens must gather what belongs
-together; CLIP through its pooled vector. Encoders that exist already are taught further words: first only the questions are
-learnt, then the encoders, held to their old answers for captions in the main words, so that a transformer trained with them
-still understands.
+Both are asked for the scene behind the words: which of the twelve things are there and, for each, its colour, size,
+column and row, and the background. T5 answers through one attention query per thing, so that the tokens must gather
+what belongs together; CLIP through its pooled vector. Encoders that exist already are taught further words: first only
+the questions are learnt, then the encoders, held to their old answers for captions in the main words, so that a
+transformer trained with them still understands.
 """
+
 import copy
 import random
 from dataclasses import dataclass
@@ -59,13 +60,35 @@ def new_text(seed: int, width: int = 128, captions: int = 20000) -> Text:
     clip_tokenizer, t5_tokenizer = make_tokenizers(seed, captions)
     torch.manual_seed(seed)
     end = clip_tokenizer.eos_token_id
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=77, projection_dim=width, hidden_act="quick_gelu",
-        bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end))
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=-(-len(t5_tokenizer) // 8) * 8, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=3,
-        num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1))
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            projection_dim=width,
+            hidden_act="quick_gelu",
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=-(-len(t5_tokenizer) // 8) * 8,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
     _look_around(t5)
     return Text(clip, t5, clip_tokenizer, t5_tokenizer)
 
@@ -76,10 +99,10 @@ def _look_around(t5: nn.Module) -> None:
     bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     half = bias.shape[0] // 2
     distance = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 28, 36, 48], dtype=bias.dtype)
-    bias.copy_(-.3 * distance.repeat(2)[:, None].expand_as(bias))
+    bias.copy_(-0.3 * distance.repeat(2)[:, None].expand_as(bias))
     bias[:half, 1] -= 4
     bias[half:, 0] -= 4
-    bias[:, 3] *= .1
+    bias[:, 3] *= 0.1
 
 
 class Questions(nn.Module):
@@ -87,7 +110,7 @@ class Questions(nn.Module):
 
     def __init__(self, width: int, pooled: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(len(KINDS) + 1, width) * .5)
+        self.query = nn.Parameter(torch.randn(len(KINDS) + 1, width) * 0.5)
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.scene = nn.Linear(width, len(BACKGROUNDS) + len(COLOR_NAMES))
         self.thing = nn.Parameter(torch.zeros(len(KINDS), width, PER_THING))
@@ -95,7 +118,7 @@ class Questions(nn.Module):
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logits per question, in the order of `answers`: from the tokens, and from the pooled vector."""
-        scores = self.query @ self.key(tokens).transpose(1, 2) / tokens.shape[-1] ** .5
+        scores = self.query @ self.key(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5
         heard = scores.softmax(-1) @ self.value(tokens)
         things = torch.einsum("btw,twa->bta", heard[:, :-1], self.thing)
         scene, flat = self.pooled(pooled).split((self.scene.out_features, len(KINDS) * PER_THING), -1)
@@ -110,13 +133,22 @@ def _split(scene: Tensor, things: Tensor) -> list[Tensor]:
 
 
 def answers(scene: Scene) -> list[int]:
-    """Background, paper, then for each of the kinds there, colour, size, column, row; UNASKED where there is nothing."""
+    """Background, paper, then for each kind: there, colour, size, column, row; UNASKED where there is nothing."""
     found = [BACKGROUNDS.index(scene.background), COLOR_NAMES.index(scene.paper) if scene.paper else UNASKED]
     by_kind = {thing.kind: thing for thing in scene.things}
     for kind in KINDS:
         thing = by_kind.get(kind)
-        found += [1, COLOR_NAMES.index(thing.color), list(SIZES).index(thing.size), SLOTS.index(thing.slot),
-                  list(ROWS).index(thing.row)] if thing else [0] + [UNASKED] * 4
+        found += (
+            [
+                1,
+                COLOR_NAMES.index(thing.color),
+                list(SIZES).index(thing.size),
+                SLOTS.index(thing.slot),
+                list(ROWS).index(thing.row),
+            ]
+            if thing
+            else [0] + [UNASKED] * 4
+        )
     return found
 
 
@@ -126,14 +158,20 @@ def stated(facts: Facts) -> list[bool]:
     by_kind = {thing.kind: thing for thing in facts.things}
     for kind in KINDS:
         thing = by_kind.get(kind)
-        known += [True, *(thing is not None and value is not None for value in
-                          ((thing.color, thing.size, thing.place, thing.row) if thing else (None,) * 4))]
+        known += [
+            True,
+            *(
+                thing is not None and value is not None
+                for value in ((thing.color, thing.size, thing.place, thing.row) if thing else (None,) * 4)
+            ),
+        ]
     return known
 
 
 @dataclass(frozen=True)
 class Lesson:
     """A batch of captions with the answers behind them."""
+
     texts: list[str]
     answers: Tensor
     stated: Tensor
@@ -142,8 +180,11 @@ class Lesson:
 def lesson(rng: random.Random, count: int, main_words: bool = False) -> Lesson:
     scenes = [sample_scene(rng, TRAINING) for _ in range(count)]
     told = [caption(scene, rng, main_words) for scene in scenes]
-    return Lesson([one.text for one in told], torch.tensor([answers(scene) for scene in scenes]),
-                  torch.tensor([stated(one.facts) for one in told]))
+    return Lesson(
+        [one.text for one in told],
+        torch.tensor([answers(scene) for scene in scenes]),
+        torch.tensor([stated(one.facts) for one in told]),
+    )
 
 
 def question_loss(logits: list[Tensor], wanted: Tensor) -> Tensor:
@@ -162,7 +203,7 @@ def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, bat
     questions = Questions(text.width, text.clip.config.hidden_size)
     if known:
         plan = Plan("text-questions", max(1, steps // 2), seed, save_every=200)
-        optimiser = Muon(questions.named_parameters(), .01, 4e-3, _is_matrix)
+        optimiser = Muon(questions.named_parameters(), 0.01, 4e-3, _is_matrix)
         Course(plan, questions, optimiser, folder).run(lambda step: _asking(text, questions, plan, step, batch))
     both = nn.ModuleDict({"text": text, "questions": questions})
     taught = text if known else both
@@ -170,7 +211,7 @@ def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, bat
     old = copy.deepcopy(text).eval().requires_grad_(False) if known else None
     questions.requires_grad_(not known)
     # Encoders that a transformer already listens to move slowly.
-    optimiser = Muon(taught.named_parameters(), .003 if known else .01, 5e-4 if known else 2e-3, _is_matrix)
+    optimiser = Muon(taught.named_parameters(), 0.003 if known else 0.01, 5e-4 if known else 2e-3, _is_matrix)
     course = Course(plan, taught, optimiser, folder)
     course.run(lambda step: _teaching(text, questions, old, plan, step, batch), lambda _, step: score(text, questions))
     return score(text, questions)
@@ -205,7 +246,7 @@ def _drift(text: Text, old: Text, texts: list[str]) -> Tensor:
     with torch.no_grad():
         was = old(texts, LENGTHS[0])
     now = text(texts, LENGTHS[0])
-    return sum(4 * F.mse_loss(new, before) / before.square().mean() for new, before in zip(now, was))
+    return sum(4 * F.mse_loss(new, before) / before.square().mean() for new, before in zip(now, was, strict=True))
 
 
 @torch.no_grad()
@@ -213,7 +254,7 @@ def score(text: Text, questions: Questions, count: int = 256, length: int = 64) 
     """How many unseen captions are understood in everything that they state, in per cent."""
     task = lesson(random.Random("unseen captions"), count)
     found = []
-    for name, logits in zip(("T5", "CLIP"), questions(*text(task.texts, length))):
+    for name, logits in zip(("T5", "CLIP"), questions(*text(task.texts, length)), strict=True):
         right = torch.stack([logit.argmax(-1) for logit in logits], 1) == task.answers
         found.append(f"{name} {100 * (right | ~task.stated).all(1).float().mean():.1f} %")
     return "understood: " + ", ".join(found)

@@ -1,4 +1,5 @@
 """The two tokenizers, made from captions alone, in the file formats of CLIP and T5."""
+
 import json
 import math
 import random
@@ -30,11 +31,13 @@ def _clip(texts: list[str]) -> object:
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=CLIP_VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=CLIP_VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.model.save(scratch)
@@ -44,8 +47,9 @@ def _clip(texts: list[str]) -> object:
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, START, END]))}
     with tempfile.TemporaryDirectory() as scratch:
         _write_clip_files(Path(scratch), vocabulary, merges)
-        return CLIPTokenizerFast.from_pretrained(scratch, model_max_length=CLIP_LENGTH, bos_token=START, eos_token=END,
-                                                 unk_token=END, pad_token=END)
+        return CLIPTokenizerFast.from_pretrained(
+            scratch, model_max_length=CLIP_LENGTH, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+        )
 
 
 def _write_clip_files(folder: Path, vocabulary: dict[str, int], merges: list[str]) -> None:
@@ -66,10 +70,17 @@ def _t5(texts: list[str]) -> object:
     letters = [(letter, LETTER_SCORE) for letter in (BLANK, *LETTERS)]
     tokenizer = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, *letters], unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>",
-                                                             special_tokens=[("</s>", 1)])
-    about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>",
-             "pad_token": "<pad>", "model_max_length": T5_LENGTH}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    about = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 0,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "model_max_length": T5_LENGTH,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(str(Path(scratch) / "tokenizer.json"))
         (Path(scratch) / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")

@@ -1,8 +1,9 @@
 """What every stage of training shares: the optimiser, averaged weights, and a loop that can be killed and resumed.
 
-Whatever is random in step n is drawn from generators seeded by the stage, the seed and n. So a state needs no generator:
-the step number is enough to go on exactly as if nothing had happened.
+Whatever is random in step n is drawn from generators seeded by the stage, the seed and n. So a state needs no
+generator: the step number is enough to go on exactly as if nothing had happened.
 """
+
 import os
 import random
 import time
@@ -15,15 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-MOMENTUM, BETA1, BETA2 = .95, .9, .99
-NEWTON = (3.4445, -4.7750, 2.0315)      # quintic of the Muon optimiser (Jordan et al., 2024)
+MOMENTUM, BETA1, BETA2 = 0.95, 0.9, 0.99
+NEWTON = (3.4445, -4.7750, 2.0315)  # quintic of the Muon optimiser (Jordan et al., 2024)
 
 
 class Muon:
     """Muon for the named matrices, Adam for everything else."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float, adam_rate: float,
-                 is_matrix: Callable[[str], bool]) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], rate: float, adam_rate: float, is_matrix: Callable[[str], bool]
+    ) -> None:
         self.parameters = dict(named)
         self.rate, self.adam_rate, self.count = rate, adam_rate, 0
         self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -44,13 +46,13 @@ class Muon:
     def _muon(self, name: str, parameter: Tensor, grad: Tensor, scale: float) -> None:
         average = self.first[name].lerp_(grad, 1 - MOMENTUM)
         matrix = grad.lerp(average, MOMENTUM).flatten(1)
-        update = orthogonal(matrix) * max(1, matrix.shape[0] / matrix.shape[1]) ** .5
+        update = orthogonal(matrix) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
         parameter.sub_(update.reshape(parameter.shape), alpha=self.rate * scale)
 
     def _adam(self, name: str, parameter: Tensor, grad: Tensor, scale: float) -> None:
         mean, square = self.first[name].lerp_(grad, 1 - BETA1), self.second[name].lerp_(grad * grad, 1 - BETA2)
-        size = (square / (1 - BETA2 ** self.count)).sqrt() + 1e-8
-        parameter.sub_(mean / (1 - BETA1 ** self.count) / size, alpha=self.adam_rate * scale)
+        size = (square / (1 - BETA2**self.count)).sqrt() + 1e-8
+        parameter.sub_(mean / (1 - BETA1**self.count) / size, alpha=self.adam_rate * scale)
 
     def tensors(self) -> dict[str, Tensor]:
         return _prefixed("first", self.first) | _prefixed("second", self.second)
@@ -101,11 +103,12 @@ class Average:
 @dataclass(frozen=True)
 class Plan:
     """How long a stage runs and how often it speaks and saves, all in steps."""
+
     stage: str
     steps: int
     seed: int = 1
     warmup: int = 60
-    decay_from: float = .4
+    decay_from: float = 0.4
     save_every: int = 100
     print_every: int = 50
     look_every: int = 0
@@ -113,7 +116,7 @@ class Plan:
     def scale(self, step: int) -> float:
         """Learning rate as a share of its peak: up, level, and down to two per cent."""
         falling = (1 - step / self.steps) / (1 - self.decay_from)
-        return min(1, (step + 1) / self.warmup) * min(1, max(.02, falling))
+        return min(1, (step + 1) / self.warmup) * min(1, max(0.02, falling))
 
     def dice(self, step: int) -> tuple[random.Random, torch.Generator]:
         """The generators of one step."""
@@ -124,7 +127,7 @@ class Plan:
 class Course:
     """A model on its way through a stage: trains it step by step, from its saved state if there is one."""
 
-    def __init__(self, plan: Plan, model: nn.Module, optimiser: Muon, folder: Path, decay: float = .998) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, optimiser: Muon, folder: Path, decay: float = 0.998) -> None:
         self.plan, self.model, self.optimiser, self.step = plan, model, optimiser, 0
         self.average = Average(model, decay)
         self.path = folder / f"{plan.stage}-state.safetensors"
@@ -132,8 +135,12 @@ class Course:
         if self.path.exists():
             self._restore()
 
-    def run(self, loss_of: Callable[[int], Tensor], look: Callable[[nn.Module, int], str] | None = None,
-            until: int | None = None) -> nn.Module:
+    def run(
+        self,
+        loss_of: Callable[[int], Tensor],
+        look: Callable[[nn.Module, int], str] | None = None,
+        until: int | None = None,
+    ) -> nn.Module:
         """Train to the end of the plan (or to step `until`) and return the model with averaged weights.
 
         `loss_of(step)` is the loss of that step's batch; `look(model, step)` shows how far the averaged model is.
@@ -144,8 +151,11 @@ class Course:
             losses.append(self._advance(loss_of))
             if self.step % self.plan.print_every == 0 or self.step == stop:
                 pace = (time.monotonic() - began) / (self.step - first)
-                print(f"{self.plan.stage}: step {self.step} of {self.plan.steps}, loss {sum(losses) / len(losses):.4f}, "
-                      f"{pace:.2f} s a step", flush=True)
+                print(
+                    f"{self.plan.stage}: step {self.step} of {self.plan.steps}, loss {sum(losses) / len(losses):.4f}, "
+                    f"{pace:.2f} s a step",
+                    flush=True,
+                )
                 losses = []
             if self.step % self.plan.save_every == 0 or self.step == stop:
                 self.save()
@@ -166,23 +176,33 @@ class Course:
 
     def save(self) -> None:
         """Write the whole state beside the old one, then put it in its place: a kill leaves one or the other whole."""
-        tensors = (_prefixed("model", dict(self.model.named_parameters())) | _prefixed("average", self.average.mean)
-                   | self.optimiser.tensors())
+        tensors = (
+            _prefixed("model", dict(self.model.named_parameters()))
+            | _prefixed("average", self.average.mean)
+            | self.optimiser.tensors()
+        )
         unfinished = self.path.with_suffix(".part")
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished,
-                  {"step": str(self.step), "count": str(self.optimiser.count)})
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            unfinished,
+            {"step": str(self.step), "count": str(self.optimiser.count)},
+        )
         os.replace(unfinished, self.path)
 
     def _restore(self) -> None:
         with safe_open(self.path, "pt") as file:
             about = file.metadata()
             parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "first": {}, "second": {}}
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118
                 part, name = key.split(":", 1)
                 parts[part][name] = file.get_tensor(key)
         self.step, self.optimiser.count = int(about["step"]), int(about["count"])
-        mine = {"model": dict(self.model.named_parameters()), "average": self.average.mean,
-                "first": self.optimiser.first, "second": self.optimiser.second}
+        mine = {
+            "model": dict(self.model.named_parameters()),
+            "average": self.average.mean,
+            "first": self.optimiser.first,
+            "second": self.optimiser.second,
+        }
         with torch.no_grad():
             for part, tensors in mine.items():
                 for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 The KL term is strong on purpose: the decoder learns to forgive noisy latents, so the flow need not be exact. With one
 group the norms keep absolute colour.
 """
+
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +37,11 @@ def crops(rng: random.Random, count: int) -> Tensor:
     found = []
     for _ in range(count):
         scene, size = sample_scene(rng, TRAINING), rng.choice(SIZES)
-        x0, y0, x1, y1 = rng.choice(scene.things).box if rng.random() < .8 else (0, 0, 1, 1)
-        left, top = (int(min(max(rng.uniform(low, high) * size - CROP / 2, 0), size - CROP))
-                     for low, high in ((x0, x1), (y0, y1)))
+        x0, y0, x1, y1 = rng.choice(scene.things).box if rng.random() < 0.8 else (0, 0, 1, 1)
+        left, top = (
+            int(min(max(rng.uniform(low, high) * size - CROP / 2, 0), size - CROP))
+            for low, high in ((x0, x1), (y0, y1))
+        )
         piece = render(scene, size).crop((left, top, left + CROP, top + CROP))
         found.append(torch.frombuffer(bytearray(piece.tobytes()), dtype=torch.uint8).reshape(CROP, CROP, 3))
     pixels = torch.stack(found).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -50,13 +53,15 @@ def vae_loss(model: AutoEncoder, pictures: Tensor, generator: torch.Generator) -
     mean, log_variance = model.encoder(pictures).chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    off = model.decode(mean + (.5 * log_variance).exp() * noise) - pictures
+    off = model.decode(mean + (0.5 * log_variance).exp() * noise) - pictures
     edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
-    kl = .5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean()
-    return off.abs().mean() + off.square().mean() + .5 * edges + KL * kl / LATENTS_PER_CROP
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean()
+    return off.abs().mean() + off.square().mean() + 0.5 * edges + KL * kl / LATENTS_PER_CROP
 
 
-def train_vae(model: AutoEncoder, plan: Plan, folder: Path, device: torch.device, until: int | None = None) -> AutoEncoder:
+def train_vae(
+    model: AutoEncoder, plan: Plan, folder: Path, device: torch.device, until: int | None = None
+) -> AutoEncoder:
     """Train on `plan.steps` batches of crops, then set scale and shift so that latents have mean 0 and deviation 1."""
     model.to(device)
 
@@ -64,8 +69,12 @@ def train_vae(model: AutoEncoder, plan: Plan, folder: Path, device: torch.device
         rng, generator = plan.dice(step)
         return vae_loss(model, crops(rng, BATCH).to(device), generator)
 
-    optimiser = Muon(model.named_parameters(), .02, 2e-3, lambda name: name not in ("encoder.conv_in.weight",
-                                                                                   "decoder.conv_out.weight"))
+    optimiser = Muon(
+        model.named_parameters(),
+        0.02,
+        2e-3,
+        lambda name: name not in ("encoder.conv_in.weight", "decoder.conv_out.weight"),
+    )
     Course(plan, model, optimiser, folder).run(loss_of, lambda vae, _: fidelity(vae), until)
     model.params = normalised(model)
     return model
@@ -90,7 +99,7 @@ def fidelity(model: AutoEncoder) -> str:
     pictures = held_pictures().to(next(model.parameters()).device)
     latents = model.encode(pictures)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents.device)
-    plain, noisy = (_psnr(model.decode(z), pictures) for z in (latents, latents + .3 * latents.std() * noise))
+    plain, noisy = (_psnr(model.decode(z), pictures) for z in (latents, latents + 0.3 * latents.std() * noise))
     return f"psnr {plain:.2f} dB, with noise on the latents {noisy:.2f} dB"
 
 
@@ -108,5 +117,3 @@ def encoder_of(model: AutoEncoder, device: torch.device) -> Encode:
         return (model.encode(pictures.to(device)) - model.params.shift) * model.params.scale
 
     return encode
-
-

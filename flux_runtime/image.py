@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import FluxError
@@ -25,10 +25,28 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size -> (B, H, W, 3) float32 in 0..1."""
+    """Pictures of one size and any mode, turned upright as EXIF says -> (B, H, W, 3) float32 in 0..1."""
     batch = [images] if isinstance(images, Image.Image) else list(images)
-    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in batch]
-    return torch.from_numpy(np.stack(arrays))
+    return torch.stack([rgb(ImageOps.exif_transpose(image)) for image in batch])
+
+
+def rgb(picture: Image.Image) -> Tensor:
+    """(H, W, 3) float32 in 0..1 of a picture in any mode; transparency is dropped, not blended."""
+    levels = deep_levels(picture)
+    if levels is not None:
+        return torch.from_numpy(np.repeat(levels[..., None], 3, axis=-1))
+    if picture.mode == "P":  # a palette with transparency keeps the colours below it only through RGBA
+        picture = picture.convert("RGBA")
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+
+
+def deep_levels(picture: Image.Image) -> np.ndarray | None:
+    """(H, W) in 0..1 of a picture with more than 8 bits in one channel (16-bit, 32-bit integer, float), else None."""
+    if picture.mode == "F":
+        return np.clip(np.nan_to_num(np.asarray(picture, dtype=np.float32)), 0, 1)
+    if picture.mode.startswith("I"):  # PIL's own conversion would clip it at 255
+        return np.clip(np.asarray(picture).astype(np.float32) / 65535, 0, 1)
+    return None
 
 
 def drawable(width: int, height: int, multiple: int) -> tuple[int, int]:
@@ -51,21 +69,9 @@ def as_images(images: ImageLike, width: int | None = None, height: int | None = 
     if isinstance(images, (np.ndarray, Tensor)):
         return _fitted(_channels_last(torch.as_tensor(images)), width, height)
     batch = [images] if isinstance(images, Image.Image) else list(images)
-    size = (width or batch[0].width, height or batch[0].height)
-    return to_tensor([i.convert("RGB").resize(size, Image.Resampling.LANCZOS) for i in batch])
-
-
-def as_mask(masks: ImageLike, width: int, height: int) -> Tensor:
-    """Masks of any kind -> (B, height, width), 1 where white (0.5 and above), else 0."""
-    if isinstance(masks, (np.ndarray, Tensor)):
-        mask = torch.as_tensor(masks).float()
-        mask = mask.reshape(-1, 1, *mask.shape[-2:])
-        mask = F.interpolate(mask, size=(height, width))[:, 0]
-    else:
-        batch = [masks] if isinstance(masks, Image.Image) else list(masks)
-        grey = [np.asarray(m.convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
-        mask = torch.from_numpy(np.stack(grey)).float() / 255
-    return (mask >= 0.5).float()
+    upright = [to_pil(to_tensor(picture))[0] for picture in batch]
+    size = width or upright[0].width, height or upright[0].height
+    return to_tensor([picture.resize(size, Image.Resampling.LANCZOS) for picture in upright])
 
 
 def _channels_last(images: Tensor) -> Tensor:

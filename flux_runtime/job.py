@@ -92,7 +92,7 @@ class Job:
         return self.generators[0] if len(self.generators) == 1 else list(self.generators)
 
     def encode(self, images: Tensor, *, sampled: bool = True) -> Tensor:
-        """(b, H, W, 3) -> raw latents, sampled from the distribution or its mean, then repeated in turn for the batch."""
+        """(b, H, W, 3) -> raw latents, a sample of their distribution or its mean, repeated in turn for the batch."""
         vae = vae_of(self.flux)
         if not sampled:
             raw = vae.encode(images)

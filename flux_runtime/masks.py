@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import FluxError
+from .image import ImageLike, deep_levels
 
 log = logging.getLogger("fluxcanvas")
 
@@ -43,8 +44,9 @@ def mask_from_image(pictures: Image.Image | Sequence[Image.Image], channel: str 
 
 def _plane(picture: Image.Image, channel: str) -> np.ndarray:
     """(H, W) float32 in 0..1 of an upright picture."""
-    if picture.mode == "F" or picture.mode.startswith("I"):  # one channel of more than 8 bits: PIL would clip it
-        return np.zeros(picture.size[::-1], np.float32) if channel == "alpha" else _deep(picture)
+    levels = deep_levels(picture)
+    if levels is not None:
+        return np.zeros_like(levels) if channel == "alpha" else levels
     rgba = picture.convert("RGBA")
     alpha = _scaled(rgba.getchannel("A"))
     if channel == "alpha":
@@ -54,15 +56,21 @@ def _plane(picture: Image.Image, channel: str) -> np.ndarray:
     return _scaled(rgba.getchannel(channel[0].upper()))
 
 
-def _deep(picture: Image.Image) -> np.ndarray:
-    levels = np.asarray(picture).astype(np.float32)
-    if picture.mode != "F":
-        levels = levels / 65535
-    return np.clip(np.nan_to_num(levels), 0, 1)
-
-
 def _scaled(plane: Image.Image) -> np.ndarray:
     return np.asarray(plane, dtype=np.float32) / 255
+
+
+def binary_mask(masks: ImageLike, width: int, height: int) -> Tensor:
+    """Masks of any kind -> (B, height, width), 1 where white (0.5 and above), else 0."""
+    if isinstance(masks, (np.ndarray, Tensor)):
+        mask = torch.as_tensor(masks).float()
+        mask = mask.reshape(-1, 1, *mask.shape[-2:])
+        mask = F.interpolate(mask, size=(height, width))[:, 0]
+    else:
+        batch = [masks] if isinstance(masks, Image.Image) else list(masks)
+        grey = [np.asarray(m.convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
+        mask = torch.from_numpy(np.stack(grey)).float() / 255
+    return (mask >= 0.5).float()
 
 
 def as_mask(mask: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from .conditioning import Conditioning
 from .conditions import ControlImage, Negative, Reference, SideNetCondition
 from .errors import FluxError
 from .flux import Flux
-from .image import ImageLike, as_images, as_mask
+from .image import ImageLike, as_images
 from .job import Common, Job, Pictures, Texts, begin
 from .mask_crop import crop_to_mask, paste_back
+from .masks import binary_mask
 from .pictures import Encoded
 from .sidenets import ControlNet
 from .sizes import kontext_size, preferred_size
@@ -77,7 +78,7 @@ def masked_inputs(
 
 def fitted_mask(job: Job, mask: ImageLike) -> Tensor:
     """(B or 1, H, W) at the canvas's size; a mask without a white pixel is refused."""
-    flags = as_mask(mask, job.width, job.height)
+    flags = binary_mask(mask, job.width, job.height)
     if not flags.any():
         raise FluxError("the mask has no white pixel, so nothing would be drawn; paint white what is to be redrawn")
     return flags

@@ -33,7 +33,7 @@ class Schedule:
         return tokens * slope + (self.base_shift - slope * self.base_tokens)
 
     def sigmas(self, steps: int, tokens: int, sigmas: Sequence[float] | Tensor | None = None) -> Tensor:
-        """(steps + 1,) float32, falling to 0; own `sigmas` (without the 0) replace the even ones, and are shifted too."""
+        """(steps + 1,) float32, falling to 0; own `sigmas` (without the 0) replace the even ones, and are shifted."""
         if sigmas is None:
             if steps < 1:
                 raise FluxError(f"{steps} steps draw nothing; at least 1 is needed")

@@ -71,7 +71,10 @@ SPELLINGS = {
         Spelling("diffusers", "image_proj.proj.weight", IP_DIFFUSERS),
     ),
     REDUX: (Spelling("BFL", "redux_up.weight"),),
-    IMAGE_ENCODER: (Spelling("transformers", "vision_model.embeddings.patch_embedding.weight"),),
+    IMAGE_ENCODER: (
+        Spelling("transformers", "vision_model.embeddings.patch_embedding.weight"),
+        Spelling("transformers", "embeddings.patch_embedding.weight"),
+    ),
 }
 
 # The other half of a whole CLIP or SigLIP, and what is read nowhere: only the patches' hidden states and CLIP's
@@ -123,7 +126,10 @@ def _component(
         return Component(kind, spelling.layout, own, files, config, outside, spare, quantised=quantised)
     if spelling.table is None:
         return Component(kind, spelling.layout, own, files, config, outside, quantised=quantised)
-    renamed = spelling.table.to_native(own)
+    try:
+        renamed = spelling.table.to_native(own)
+    except FluxError as error:
+        raise FluxError(f"{files[0]}: {error}") from error
     return Component(
         kind, spelling.layout, renamed.tensors, files, config, (*outside, *renamed.unknown), (), renamed.incomplete,
         quantised, spelling.table,

@@ -9,10 +9,13 @@ from ..errors import FluxError
 from ..model.adapters import IPAdapterNet, IPAdapterParams, ReduxEncoder
 from ..model.sidenet import Hint, SideNet, SideNetParams
 from ..variants import FluxParams, default_axes
+from .build import configured
 from .contents import Component
 from .shapes import count_blocks, rope_axes, shape_of, where
 
 log = logging.getLogger("fluxcanvas")
+
+MAX_MODES = 1000  # a config.json may say anything; published union nets have 7 to 10
 
 
 def controlnet(component: Component) -> SideNet:
@@ -29,9 +32,10 @@ def sidenet_params(component: Component) -> SideNetParams:
             f"{where(component)}: this ControlNet reads a control image of {channels} channels beside a canvas of "
             f"{trunk.in_channels} (an inpainting ControlNet reads a mask too); choose one that reads an image alone"
         )
-    embedder = component.tensors.get("controlnet_mode_embedder.weight")
-    modes = component.config.get("num_mode", embedder.shape[0] if embedder else 0)
-    return SideNetParams(trunk, hint, channels, modes if type(modes) is int else 0)
+    embedder = "controlnet_mode_embedder.weight"
+    modes = shape_of(component, embedder, 2)[0] if embedder in component.tensors else 0
+    told = component.config.get("num_mode", modes)
+    return SideNetParams(trunk, hint, channels, told if type(told) is int and 0 <= told < MAX_MODES else 0)
 
 
 def _hint(component: Component) -> Hint:
@@ -94,8 +98,9 @@ def image_encoder(component: Component) -> Any:
     import transformers
 
     if is_clip(component):
-        return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision_config(component)))
-    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision_config(component)))
+        config = configured(component, "CLIPVisionConfig", vision_config(component))
+        return transformers.CLIPVisionModelWithProjection(config)
+    return transformers.SiglipVisionModel(configured(component, "SiglipVisionConfig", vision_config(component)))
 
 
 # Published encoders by width: heads, activation, and the side of the picture where it is no multiple of the patch.

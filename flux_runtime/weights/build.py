@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import FluxError
 from ..model.transformer import FluxTransformer
 from ..model.vae import AutoEncoder
-from . import keys, shapes
-from .contents import Component
+from . import shapes
+from .contents import KINDS, Component
 from .files import stored_bytes
 from .report import PartReport, listed
 
@@ -30,9 +30,9 @@ class Fit:
     misshapen: tuple[str, ...]
 
 
-def skeleton(component: Component) -> nn.Module:
-    """The module that these tensors belong to, on the meta device: no memory is taken for weights."""
-    make = {"transformer": _transformer, "vae": _vae, "clip": _clip, "t5": _t5}[component.kind]
+def skeleton(component: Component, make: Callable[[Component], nn.Module] | None = None) -> nn.Module:
+    """The module that these tensors belong to (or that `make` makes), on the meta device: no memory for weights."""
+    make = make or {"transformer": _transformer, "vae": _vae, "clip": _clip, "t5": _t5}[component.kind]
     with torch.device("meta"):
         return make(component).eval().requires_grad_(False)
 
@@ -45,7 +45,7 @@ def _vae(component: Component) -> nn.Module:
     return AutoEncoder(shapes.vae_params(component))
 
 
-def _configured(component: Component, config_class: str, arguments: dict[str, Any]) -> Any:
+def configured(component: Component, config_class: str, arguments: dict[str, Any]) -> Any:
     import transformers
 
     try:
@@ -57,7 +57,7 @@ def _configured(component: Component, config_class: str, arguments: dict[str, An
 
 
 def _clip(component: Component) -> nn.Module:
-    config = _configured(component, "CLIPTextConfig", shapes.clip_config(component))
+    config = configured(component, "CLIPTextConfig", shapes.clip_config(component))
     if config.hidden_size % config.num_attention_heads:
         raise FluxError(
             f"{shapes.where(component)}: a width of {config.hidden_size} does not divide into "
@@ -69,15 +69,19 @@ def _clip(component: Component) -> nn.Module:
 
 
 def _t5(component: Component) -> nn.Module:
-    config = _configured(component, "T5Config", shapes.t5_config(component))
+    config = configured(component, "T5Config", shapes.t5_config(component))
     from transformers import T5EncoderModel
 
     return T5EncoderModel(config)
 
 
+# Some versions of transformers have these in the names of their encoders, and some have not.
+WRAPPERS = {"clip": "text_model.", "image encoder": "vision_model."}
+
+
 def plain_name(kind: str, name: str) -> str:
-    """The component's own spelling of a module's tensor: transformers before 5 has `text_model.` in CLIP's names."""
-    return name.removeprefix("text_model.") if kind == "clip" else name
+    """The component's own spelling of a module's tensor."""
+    return name.removeprefix(WRAPPERS.get(kind, ""))
 
 
 def wanted(component: Component, module: nn.Module) -> dict[str, Tensor]:
@@ -108,13 +112,12 @@ def compare(component: Component, module: nn.Module) -> Fit:
 
 def _foreign(component: Component, name: str) -> list[str]:
     """The names under which the file should have had a tensor."""
-    if component.layout != "diffusers":
+    if component.table is None:
         return [name]
     if name in component.incomplete:
         return component.incomplete[name]
-    table = keys.TRANSFORMER if component.kind == "transformer" else keys.VAE
     levels = {n.split(".")[2] for n in component.tensors if n.startswith("decoder.up.")}
-    return table.foreign_names(name, last=max(len(levels) - 1, 0)) or [name]
+    return component.table.foreign_names(name, last=max(len(levels) - 1, 0)) or [name]
 
 
 def _sources(component: Component, name: str) -> list[str]:
@@ -152,10 +155,9 @@ def refuse_unfit(component: Component, fit: Fit) -> None:
             "use the bf16, fp16 or plain fp8 file of the same model"
         )
     if fit.missing:
-        raise FluxError(
-            f"{place} is not a whole {component.kind}: it lacks {listed(fit.missing)}; download it again, "
-            "or load the parts from files of their own with LoadFluxParts (load_parts)"
-        )
+        parts = ", or load the parts from files of their own with LoadFluxParts (load_parts)"
+        remedy = f"download it again{parts if component.kind in KINDS else ''}"
+        raise FluxError(f"{place} is not a whole {component.kind}: it lacks {listed(fit.missing)}; {remedy}")
     if fit.misshapen:
         raise FluxError(
             f"{place}: the {component.kind} has tensors of the wrong shape, {listed(fit.misshapen)}; "

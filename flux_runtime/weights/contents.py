@@ -49,16 +49,27 @@ FOREIGN = (
     ),
     ((".lokr_w", ".hada_w", ".oft_"), "LoKr or LoHa", "an addition to a model"),
     (
-        ("controlnet_x_embedder.", "controlnet_blocks.", "input_hint_block.", "control_model."),
+        (
+            "controlnet_x_embedder.",
+            "controlnet_blocks.",
+            "input_hint_block.",
+            "input_cond_block.",
+            "control_model.",
+            "controlnet_cond_embedding.",
+        ),
         "ControlNet",
-        "an addition to a model",
+        "an addition to a model, which LoadControlNet (load_controlnet) loads",
     ),
     (
         ("ip_adapter_proj_model.", "image_proj.", "ip_adapter.", ".processor.ip_adapter"),
         "IP-Adapter",
-        "an addition to a model",
+        "an addition to a model, which LoadAdapter (load_adapter) loads",
     ),
-    (("redux_up.", "redux_down."), "Redux adapter", "an addition to a model"),
+    (
+        ("redux_up.", "redux_down."),
+        "Redux adapter",
+        "an addition to a model, which LoadAdapter (load_adapter) loads",
+    ),
     (("double_stream_modulation_img.",), "FLUX.2 transformer", "another family of models"),
     (("distilled_guidance_layer.",), "Chroma transformer", "another family of models"),
     (
@@ -67,7 +78,11 @@ FOREIGN = (
         "another family of models",
     ),
     (("joint_blocks.0.",), "Stable Diffusion 3 model", "another family of models"),
-    (("vision_model.embeddings.",), "image encoder", "used by adapters"),
+    (
+        ("vision_model.embeddings.", "embeddings.patch_embedding.weight"),
+        "image encoder",
+        "what adapters see pictures with, which LoadAdapter (load_adapter) takes beside one",
+    ),
 )
 
 
@@ -88,6 +103,7 @@ class Component:
     spare: tuple[str, ...] = ()  # names that are known and not needed
     incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # native name -> its parts that the file lacks
     quantised: str = ""  # the scheme, where the numbers are not plain weights
+    table: keys.KeyMap | None = None  # from the file's names to native ones, where they differ
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -169,7 +185,7 @@ def _component(
     except FluxError as error:
         raise FluxError(f"{files[0]}: {error}") from error
     return Component(
-        kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, quantised
+        kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, quantised, table
     )
 
 

@@ -19,7 +19,7 @@ Progress = Callable[[str, float], None]
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-TEXT_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler")
+TEXT_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 _PLAIN = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _VARIANT = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.safetensors\.index)?\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
@@ -93,12 +93,17 @@ def _sentence(error: Exception, repo: str, hub: Any) -> str:
     )
 
 
-def fetch_model(repo: str, file: str = "", progress: Progress | None = None) -> Path:
-    """Download what is missing of a model: a folder in diffusers layout, or a file. Offline, the cache serves."""
+def fetch_model(
+    repo: str, file: str = "", progress: Progress | None = None, folders: Sequence[str] = WEIGHT_FOLDERS
+) -> Path:
+    """Download what is missing of a model: a folder in diffusers layout (of it, `folders`), or a file.
+
+    Offline, the cache serves.
+    """
     import huggingface_hub
 
     try:
-        listing = list_repo(repo, file)
+        listing = list_repo(repo, file, folders)
     except FluxError:  # offline, or no longer allowed: what is already here may do
         cached = _cached(repo, file)
         if cached is None:
@@ -121,10 +126,11 @@ def _cached(repo: str, file: str) -> Path | None:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if (folder / "model_index.json").is_file() else next(iter(sorted(folder.glob("*.safetensors"))), None)
+    whole = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    return folder if whole else next(iter(sorted(folder.glob("*.safetensors"))), None)
 
 
-def list_repo(repo: str, file: str = "") -> Listing:
+def list_repo(repo: str, file: str = "", folders: Sequence[str] = WEIGHT_FOLDERS) -> Listing:
     """Ask the hub which files there are and choose those that are read."""
     import huggingface_hub
 
@@ -135,27 +141,35 @@ def list_repo(repo: str, file: str = "") -> Listing:
         if file not in sizes:
             raise FluxError(f"{repo} has no file {file}; see https://huggingface.co/{repo}/tree/main")
         return Listing(repo, {file: sizes[file]}, file)
-    names = choose(list(sizes))
+    names = choose(list(sizes), folders)
     if names:
         return Listing(repo, {name: sizes[name] for name in names})
     lone = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
     if len(lone) == 1:
         return Listing(repo, {lone[0]: sizes[lone[0]]}, lone[0])
     choice = f"; name one of its files: {', '.join(f'{repo}/{name}' for name in lone[:6])}" if lone else ""
-    raise FluxError(f"{repo} is not a FLUX.1 model in diffusers layout{choice}")
+    raise FluxError(f"{repo} holds no model in diffusers layout{choice}")
 
 
-def choose(names: Sequence[str]) -> list[str]:
+def choose(names: Sequence[str], folders: Sequence[str] = WEIGHT_FOLDERS) -> list[str]:
     """The files of a diffusers repository that are loaded: configs, tokenizers, each component's weights once."""
     if "model_index.json" not in names:
-        return []
+        return _choose_component([name for name in names if "/" not in name])
     chosen = ["model_index.json"]
-    for folder in WEIGHT_FOLDERS:
+    for folder in folders:
         own = [name for name in names if name.startswith(folder + "/") and name.count("/") == 1]
         chosen += [name for name in own if name.endswith("/config.json")]
         chosen += _one_set([name for name in own if name.endswith((".safetensors", ".json"))])
     wanted = (".json", ".txt", ".model")
     return chosen + [n for n in names if n.startswith(tuple(f + "/" for f in TEXT_FOLDERS)) and n.endswith(wanted)]
+
+
+def _choose_component(names: list[str]) -> list[str]:
+    """The repository of a single component (a ControlNet, an image encoder) has it at the top, beside its config."""
+    weights = _one_set([name for name in names if name.endswith((".safetensors", ".json"))])
+    if "config.json" not in names or not weights:
+        return []
+    return ["config.json", *(name for name in names if name == "preprocessor_config.json"), *weights]
 
 
 def _one_set(names: list[str]) -> list[str]:

@@ -100,11 +100,15 @@ def _remote(repo: str, file: str) -> Sources:
         return Sources(
             repo, contents.components, hint=f"{repo} {file}", leftover=contents.leftover, foreign=contents.foreign
         )
+    top = [name for name in listing.weights if "/" not in name]
+    if top:
+        contents = _remote_component(repo, "", top, listing)
+        return Sources(repo, contents.components, hint=repo, leftover=contents.leftover, foreign=contents.foreign)
     components: dict[str, Component] = {}
     for kind, folder in FOLDERS.items():
         names = [name for name in listing.weights if name.startswith(folder + "/")]
         if names:
-            contents = _remote_component(repo, folder, names, listing)
+            contents = _remote_component(repo, folder + "/", names, listing)
             if kind in contents.components:
                 components[kind] = contents.components[kind]
     return Sources(repo, components, hint=repo)
@@ -115,6 +119,6 @@ def _remote_component(repo: str, folder: str, names: list[str], listing: hub.Lis
     for name in names:
         tensors.update(hub.remote_tensors(repo, name)[0])
     config: Mapping[str, Any] = {}
-    if f"{folder}/config.json" in listing.sizes:
-        config = read_json(hub.remote_json(repo, f"{folder}/config.json"))
+    if f"{folder}config.json" in listing.sizes:
+        config = read_json(hub.remote_json(repo, f"{folder}config.json"))
     return sort_out(tensors, tuple(f"{repo}/{name}" for name in names), config)

@@ -71,12 +71,17 @@ def transformer_params(component: Component) -> FluxParams:
     head_dim = shape_of(component, "double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
     if component.tensors["img_in.weight"].shape[0] % head_dim:
         raise FluxError(f"{where(component)}: the transformer's width is not a multiple of its head size {head_dim}")
-    axes = component.config.get("axes_dims_rope")
-    good = isinstance(axes, list) and all(type(a) is int and a > 0 for a in axes) and sum(axes) == head_dim
     try:
-        return params_from_shapes(component.shapes, axes if good else None)
+        return params_from_shapes(component.shapes, rope_axes(component, head_dim))
     except FluxError as error:
         raise FluxError(f"{where(component)}: {error}") from error
+
+
+def rope_axes(component: Component, head_dim: int) -> tuple[int, ...] | None:
+    """The rope axes that a config names, if they suit the head size."""
+    axes = component.config.get("axes_dims_rope")
+    good = isinstance(axes, list) and all(type(a) is int and a > 0 for a in axes) and sum(axes) == head_dim
+    return tuple(axes) if good else None
 
 
 def vae_params(component: Component) -> VaeParams:

@@ -130,7 +130,7 @@ def what_it_is(contents: Contents | Sources) -> str:
     """A clause that says what was found instead."""
     if contents.foreign:
         what = next((use for _, kind, use in FOREIGN if kind == contents.foreign), "another family of models")
-        return f"it is a {contents.foreign}: {what}"
+        return f"it is {'an' if contents.foreign[0] in 'AEIOaeio' else 'a'} {contents.foreign}: {what}"
     if contents.components:
         return "it holds " + " and ".join(f"a {LABELS[kind]}" for kind in contents.components)
     names = ", ".join(contents.leftover[:3])

@@ -38,8 +38,13 @@ def test_captions_are_true():
             assert stated.row in (None, thing.row)
         for relation in facts.relations:
             first, second = (things[facts.things[index].kind] for index in (relation.first, relation.second))
-            holds = {"left": first.x < second.x, "right": first.x > second.x, "above": first.y < second.y,
-                     "below": first.y > second.y, "beside": first.x < second.x and first.row == second.row}
+            holds = {
+                "left": first.x < second.x,
+                "right": first.x > second.x,
+                "above": first.y < second.y,
+                "below": first.y > second.y,
+                "beside": first.x < second.x and first.row == second.row,
+            }
             assert holds[relation.kind], one.text
 
 
@@ -55,19 +60,34 @@ def test_main_words_leave_out_synonyms():
     assert "house" in texts and "yacht" not in texts and "lilac" not in texts
 
 
-@pytest.mark.parametrize("text, facts", [
-    ("a red house next to a green tree under the moon at night",
-     Facts("night", None, (ThingFacts("house", "red"), ThingFacts("tree", "green"), ThingFacts("moon")),
-           (Relation("beside", 0, 1), Relation("below", 1, 2)))),
-    ("A purple heart, please, on a yellow background!",
-     Facts("plain", "yellow", (ThingFacts("heart", "purple"),))),
-    ("On the left there is a tiny boat and on the right a big fish; the sea is calm",
-     Facts("sea", None, (ThingFacts("boat", None, "small", "left"), ThingFacts("fish", None, "large", "right")))),
-    ("snowy winter scene: a brown cabin, and a star in the upper left corner",
-     Facts("snow", None, (ThingFacts("house", "brown"), ThingFacts("star", None, None, "left", "top")))),
-    ("a hot-air balloon over a car that is blue",
-     Facts(None, None, (ThingFacts("balloon"), ThingFacts("car", "blue")), (Relation("above", 0, 1),))),
-    ("nothing that the judge knows", Facts()),
-    ("", Facts())])
+@pytest.mark.parametrize(
+    "text, facts",
+    [
+        (
+            "a red house next to a green tree under the moon at night",
+            Facts(
+                "night",
+                None,
+                (ThingFacts("house", "red"), ThingFacts("tree", "green"), ThingFacts("moon")),
+                (Relation("beside", 0, 1), Relation("below", 1, 2)),
+            ),
+        ),
+        ("A purple heart, please, on a yellow background!", Facts("plain", "yellow", (ThingFacts("heart", "purple"),))),
+        (
+            "On the left there is a tiny boat and on the right a big fish; the sea is calm",
+            Facts("sea", None, (ThingFacts("boat", None, "small", "left"), ThingFacts("fish", None, "large", "right"))),
+        ),
+        (
+            "snowy winter scene: a brown cabin, and a star in the upper left corner",
+            Facts("snow", None, (ThingFacts("house", "brown"), ThingFacts("star", None, None, "left", "top"))),
+        ),
+        (
+            "a hot-air balloon over a car that is blue",
+            Facts(None, None, (ThingFacts("balloon"), ThingFacts("car", "blue")), (Relation("above", 0, 1),)),
+        ),
+        ("nothing that the judge knows", Facts()),
+        ("", Facts()),
+    ],
+)
 def test_people_are_understood(text, facts):
     assert facts_of(text) == facts

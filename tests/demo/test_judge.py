@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from fluxcanvas.demo import judge
 from fluxcanvas.demo.captions import caption
 from fluxcanvas.demo.drawing import render
+from fluxcanvas.demo.evaluation import figures, held_out
 from fluxcanvas.demo.scenes import sample_scene
 
 SEED = "renders that neither training nor the published figures use"
@@ -16,7 +18,7 @@ SEED = "renders that neither training nor the published figures use"
 
 @pytest.fixture(scope="module")
 def renders():
-    return judge.held_out(100, SEED)
+    return held_out(100, SEED)
 
 
 def grades_of(images, captions):
@@ -24,8 +26,8 @@ def grades_of(images, captions):
 
 
 def test_real_renders_are_judged_right(renders):
-    images, captions = zip(*renders)
-    found = judge.figures(grades_of(images, captions))
+    images, captions = zip(*renders, strict=True)
+    found = figures(grades_of(images, captions))
     assert found.all >= 93
     assert all(share >= 93 for share in found.shares.values()), found.line()
 
@@ -34,12 +36,12 @@ def test_renders_at_256_pixels_are_judged_as_well():
     rng = random.Random(SEED)
     scenes = [sample_scene(rng) for _ in range(30)]
     captions = [caption(scene, rng) for scene in scenes]
-    assert judge.figures(grades_of([render(scene, 256) for scene in scenes], captions)).all >= 86
+    assert figures(grades_of([render(scene, 256) for scene in scenes], captions)).all >= 86
 
 
 def test_pictures_of_other_captions_are_judged_wrong(renders):
-    images, captions = zip(*renders)
-    found = judge.figures(grades_of(images, captions[1:] + captions[:1]))
+    images, captions = zip(*renders, strict=True)
+    found = figures(grades_of(images, captions[1:] + captions[:1]))
     assert found.all <= 3
     assert found.shares["background"] < 30 and found.shares["color"] < 20
 
@@ -52,12 +54,12 @@ def test_a_thing_painted_over_is_missed(renders):
         bare = replace(scene, things=tuple(thing for thing in scene.things if thing is not gone))
         grade = judge.grade(judge.look([render(bare)])[0], caption(scene, rng).facts)
         missed += any(reason == f"there: no well-formed {gone.kind}" for reason in grade.reasons)
-    assert missed >= .9 * count
+    assert missed >= 0.9 * count
 
 
 def test_follows_judges_a_picture_by_its_prompt_alone(renders):
     right = [judge.follows(image, told.text).ok for image, told in renders[:40]]
-    wrong = [judge.follows(image, told.text) for (image, _), (_, told) in zip(renders[:39], renders[1:40])]
+    wrong = [judge.follows(image, told.text) for (image, _), (_, told) in pairwise(renders[:40])]
     assert sum(right) >= 36
     assert sum(verdict.ok for verdict in wrong) <= 1
     assert all(verdict.reasons for verdict in wrong if not verdict.ok)

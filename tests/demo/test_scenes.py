@@ -17,7 +17,7 @@ def scenes(seed, count, mixture=USUAL):
 def test_the_same_seed_gives_the_same_scenes_and_pictures():
     first, again, other = scenes("one", 12), scenes("one", 12), scenes("two", 12)
     assert first == again != other
-    for scene, twin in zip(first, again):
+    for scene, twin in zip(first, again, strict=True):
         assert render(scene).tobytes() == render(twin).tobytes()
     assert render(first[0]).tobytes() != render(other[0]).tobytes()
 

@@ -16,9 +16,17 @@ from fluxcanvas.flux_runtime import load_flux, text_to_image
 from fluxcanvas.flux_runtime.model.vae import AutoEncoder, VaeParams
 from fluxcanvas.flux_runtime.variants import FluxParams
 
-PARAMS = FluxParams(vec_in_dim=128, context_in_dim=128, hidden_size=32, num_heads=1, mlp_hidden=64, depth=1,
-                    depth_single=1, axes_dim=(4, 14, 14))
-VAE = VaeParams(channels=(8, 8, 8, 8), num_res_blocks=1, groups=1, scale=.9, shift=.1, sample_size=64)
+PARAMS = FluxParams(
+    vec_in_dim=128,
+    context_in_dim=128,
+    hidden_size=32,
+    num_heads=1,
+    mlp_hidden=64,
+    depth=1,
+    depth_single=1,
+    axes_dim=(4, 14, 14),
+)
+VAE = VaeParams(channels=(8, 8, 8, 8), num_res_blocks=1, groups=1, scale=0.9, shift=0.1, sample_size=64)
 DIET = replace(train_flow.Diet(), sizes=(64, 96), batches=(4, 2), lengths=(16, 24, 32))
 
 
@@ -28,8 +36,15 @@ def kitchen(tmp_path_factory) -> train_flow.Kitchen:
     folder = tmp_path_factory.mktemp("latents")
     generator = torch.Generator().manual_seed(0)
     for size in DIET.sizes:
-        write_shards(lambda pictures: torch.randn(len(pictures), 16, pictures.shape[2] // 8, pictures.shape[3] // 8,
-                                                  generator=generator), folder, 1, size, 1)
+        write_shards(
+            lambda pictures: torch.randn(
+                len(pictures), 16, pictures.shape[2] // 8, pictures.shape[3] // 8, generator=generator
+            ),
+            folder,
+            1,
+            size,
+            1,
+        )
     latents = {size: Latents(folder, 1, size, 1) for size in DIET.sizes}
     text = new_text(1, captions=400).eval().requires_grad_(False)
     return train_flow.Kitchen(latents, text, DIET, torch.device("cpu"))
@@ -78,7 +93,7 @@ def test_training_lowers_the_loss_of_the_vae(tmp_path):
     train_vae.train_vae(model, plan, tmp_path, torch.device("cpu"))
     with torch.no_grad():
         after = train_vae.vae_loss(model, pictures, generator)
-    assert after < .9 * before
+    assert after < 0.9 * before
     latents = model.encode(train_vae.held_pictures())
     normal = (latents - model.params.shift) * model.params.scale
     assert abs(normal.mean().item()) < 1e-3 and abs(normal.std().item() - 1) < 1e-3
@@ -87,11 +102,11 @@ def test_training_lowers_the_loss_of_the_vae(tmp_path):
 def test_the_velocity_is_learnt_from_noise_and_picture(kitchen):
     """The question's ends: at sigma 0 it is the clean picture, at 1 pure noise, and in between the straight line."""
     rng, generator = Plan("flow", 1).dice(0)
-    meal = kitchen.meal(rng, empty=.5)
+    meal = kitchen.meal(rng, empty=0.5)
     asked = train_flow.Question.about(meal, generator)
     share = asked.sigma[:, None, None]
     assert torch.allclose(asked.noisy, meal.clean + share * (asked.noise - meal.clean), atol=1e-5)
-    assert 0 < asked.sigma.min() and asked.sigma.max() < 1
+    assert asked.sigma.min() > 0 and asked.sigma.max() < 1
     assert asked.guidance.min() >= 1 and asked.guidance.max() <= 5
 
 
@@ -138,9 +153,9 @@ def lesson_facts(scene):
 def test_muon_makes_updates_orthogonal():
     matrix = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonal(matrix))
-    assert values.min() > .5 and values.max() < 1.5
+    assert values.min() > 0.5 and values.max() < 1.5
     layer = torch.nn.Linear(8, 24)
-    Muon(layer.named_parameters(), .1, .1, lambda name: True).step(1.0)
+    Muon(layer.named_parameters(), 0.1, 0.1, lambda name: True).step(1.0)
     assert layer.weight.grad is None
 
 
@@ -153,8 +168,12 @@ def test_what_is_exported_loads_through_the_loader(kitchen, tmp_path):
     flux = load_flux(tmp_path, device="cpu", dtype=torch.float32)
     assert flux.text.default_tokens == 24
     assert flux.vae.params == VAE and flux.model.params == PARAMS
-    for ours, theirs in ((transformer, flux.transformer), (vae, flux.vae.model), (kitchen.text.t5, flux.text.t5),
-                         (kitchen.text.clip, flux.text.clip)):
+    for ours, theirs in (
+        (transformer, flux.transformer),
+        (vae, flux.vae.model),
+        (kitchen.text.t5, flux.text.t5),
+        (kitchen.text.clip, flux.text.clip),
+    ):
         loaded = dict(theirs.named_parameters())
         for name, parameter in ours.named_parameters():
             assert torch.equal(loaded[name].float(), parameter.detach().bfloat16().float()), name
@@ -164,8 +183,8 @@ def test_what_is_exported_loads_through_the_loader(kitchen, tmp_path):
 
 def test_a_stage_that_is_done_is_not_done_again(tmp_path):
     run = train.Training(tmp_path, train.CPU, 1, torch.device("cpu"))
-    vae = AutoEncoder(replace(train_vae.TINY, scale=.8, shift=.2))
-    train.store(vae, tmp_path / "vae.safetensors", {"scale": .8, "shift": .2})
+    vae = AutoEncoder(replace(train_vae.TINY, scale=0.8, shift=0.2))
+    train.store(vae, tmp_path / "vae.safetensors", {"scale": 0.8, "shift": 0.2})
     run.run(("vae",))
     assert run.vae().params == vae.params
     assert same(dict(vae.state_dict()), dict(run.vae().state_dict()))

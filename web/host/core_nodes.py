@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ...flux_runtime.errors import FluxError
+from ...flux_runtime.image import rgb
 from .files import PathError, Taken
 from .folders import Folders
 from .pictures import (
@@ -26,7 +27,6 @@ from .pictures import (
     next_name,
     open_picture,
     png_info,
-    rgb,
     save_png,
     to_picture,
 )

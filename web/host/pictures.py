@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ...flux_runtime.errors import FluxError
+from ...flux_runtime.image import deep_levels
 from .files import contained, relative, told, write_atomic
 
 # What PIL may try on a file that came from outside: the ordinary formats, none of its exotic parsers.
@@ -62,30 +63,11 @@ def frames(picture: Image.Image) -> list[Image.Image]:
     return found
 
 
-def _levels(picture: Image.Image) -> np.ndarray | None:
-    """(H, W) in 0..1 of a picture with more than 8 bits in one channel (16-bit, 32-bit integer, float), else None."""
-    if picture.mode == "F":
-        return np.clip(np.nan_to_num(np.asarray(picture, dtype=np.float32)), 0, 1)
-    if picture.mode.startswith("I"):
-        return np.clip(np.asarray(picture).astype(np.float32) / 65535, 0, 1)
-    return None
-
-
-def rgb(picture: Image.Image) -> Tensor:
-    """(H, W, 3) float32 in 0..1 of a picture in any mode; transparency is dropped, not blended."""
-    levels = _levels(picture)
-    if levels is not None:
-        return torch.from_numpy(np.repeat(levels[..., None], 3, axis=-1))
-    if picture.mode == "P":  # a palette with transparency keeps the colours below it only through RGBA
-        picture = picture.convert("RGBA")
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
-
-
 def with_alpha(picture: Image.Image) -> Image.Image | None:
     """The picture as RGBA if it has any transparency (a channel, a palette entry, a key colour), else None."""
     if "A" in picture.getbands():
         return picture.convert("RGBA")
-    return picture.convert("RGBA") if "transparency" in picture.info and _levels(picture) is None else None
+    return picture.convert("RGBA") if "transparency" in picture.info and deep_levels(picture) is None else None
 
 
 def hole_mask(picture: Image.Image) -> Tensor:
@@ -98,7 +80,7 @@ def hole_mask(picture: Image.Image) -> Tensor:
 
 def channel_mask(picture: Image.Image, band: str, invert: bool = False) -> Tensor:
     """(H, W) float32 in 0..1: one band ("R", "G", "B" or "A") of a picture."""
-    levels = _levels(picture)
+    levels = deep_levels(picture)
     if levels is None:
         levels = np.asarray(picture.convert("RGBA").getchannel(band), dtype=np.float32) / 255
     return torch.from_numpy(1 - levels if invert else levels)
