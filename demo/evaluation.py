@@ -54,9 +54,11 @@ def figures(grades: Sequence[Grade]) -> Figures:
 
 def held_out(count: int, seed: str = HELD_OUT, main_words: bool = False) -> list[tuple[Image.Image, Caption]]:
     """Captions kept out of training, with a real 128 px render of the scene that each was made for."""
-    rng = random.Random(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    return [(render(scene), caption(scene, rng, main_words)) for scene in scenes]
+    rng, found = random.Random(seed), []
+    for _ in range(count):
+        scene = sample_scene(rng)
+        found.append((render(scene), caption(scene, rng, main_words)))
+    return found
 
 
 def by_group(grades: Sequence[Grade], captions: Sequence[Caption]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ..flux_runtime.flux import Flux
 from ..flux_runtime.model.transformer import FluxTransformer
 from ..flux_runtime.model.vae import AutoEncoder
 from ..flux_runtime.variants import FluxParams
+from ..flux_runtime.weights.load import load_flux
 from . import train_flow, train_text, train_vae
 from .train_export import DEFAULT_TOKENS, export
 from .train_flow import Diet, Kitchen
@@ -35,13 +36,17 @@ STAGES = ("vae", "text", "latents", "flow", "distil", "export")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained: steps of the stages, shards of 256 scenes per picture size, the transformer and its diet."""
+    """How much is trained: steps of the stages, shards of 256 scenes per picture size, the transformer and its diet
+    (another one where it goes on from an earlier model), how many pictures are drawn to look at,
+    and from how many captions the tokenizers are made."""
 
     steps: dict[str, int]
     shards: dict[int, int]
     params: FluxParams
     diet: Diet
     continued: Diet
+    looks: int = 32
+    captions: int = 20000
 
 
 CPU = Scale(
@@ -58,7 +63,16 @@ GPU = Scale(
     diet=Diet(batches=(384, 128), rate=0.012),
     continued=Diet(batches=(384, 128), rate=0.008, adam_rate=8e-4),
 )
-SCALES = {"cpu": CPU, "gpu": GPU}
+TRY = Scale(
+    steps={"vae": 8, "text": 4, "flow": 4, "distil": 4},
+    shards={32: 1, 64: 1},
+    params=replace(train_flow.TINY, hidden_size=32, num_heads=1, mlp_hidden=64, depth=1, depth_single=1),
+    diet=Diet(sizes=(32, 64), batches=(4, 2)),
+    continued=Diet(sizes=(32, 64), batches=(4, 2)),
+    looks=2,
+    captions=400,
+)
+SCALES = {"cpu": CPU, "gpu": GPU, "try": TRY}
 
 
 class Training:
@@ -71,10 +85,11 @@ class Training:
         seed: int,
         device: torch.device,
         start: Path | None = None,
+        distilled: Path | None = None,
         tokens: int = DEFAULT_TOKENS,
     ) -> None:
         self.work, self.scale, self.seed, self.device = work, scale, seed, device
-        self.start_folder, self.tokens = start, tokens
+        self.start_folder, self.distilled_folder, self.tokens = start, distilled, tokens
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
@@ -85,16 +100,15 @@ class Training:
 
     @cached_property
     def start(self) -> Flux | None:
-        """The model to go on from, in float32 on the CPU."""
-        if self.start_folder is None:
-            return None
-        from ..flux_runtime.weights.load import load_flux
+        """The model to go on from."""
+        return self._load(self.start_folder) if self.start_folder else None
 
-        return load_flux(self.start_folder, device="cpu", dtype=torch.float32)
+    def _load(self, folder: Path) -> Flux:
+        return load_flux(folder, device="cpu", dtype=torch.float32)
 
     def _plan(self, stage: str) -> Plan:
         steps = self.scale.steps[stage]
-        return Plan(stage, steps, self.seed, look_every=max(1, steps // 8))
+        return Plan(stage, steps, self.seed, look_every=max(8, steps // 8))
 
     # ------------------------------------------------------------ stages
     def _vae(self) -> None:
@@ -113,7 +127,7 @@ class Training:
         if done.exists():
             return
         text = self._untrained_text().to(self.device).train().requires_grad_(True)
-        print("text:", train_text.train_text(text, self.work, self.seed, self.scale.steps["text"], bool(self.start)))
+        train_text.train_text(text, self.work, self.seed, self.scale.steps["text"], bool(self.start))
         store(text, done)
 
     def _latents(self) -> None:
@@ -137,10 +151,14 @@ class Training:
         if path.exists():
             return
         teacher, student = (restore(self._new_transformer(), self.work / "flow.safetensors") for _ in range(2))
+        if self.distilled_folder:
+            head_start(student, self.start.transformer, self._load(self.distilled_folder).transformer)
+        else:
+            nn.init.zeros_(student.guidance_in.out_layer.weight)
+            nn.init.zeros_(student.guidance_in.out_layer.bias)
         plan = replace(self._plan("distil"), warmup=30, decay_from=0.0)
-        train_flow.train_distil(
-            teacher, student, self._kitchen(), plan, self.work, self._looker("distil", guidance=3.5)
-        )
+        look = self._looker("distil", guidance=3.5)
+        train_flow.train_distil(teacher, student, self._kitchen(), plan, self.work, look)
         store(student, path)
 
     def _export(self) -> None:
@@ -167,7 +185,7 @@ class Training:
         if self.start:
             old = self.start.text
             return Text(old.clip.float(), old.t5.float(), old.clip_tokenizer, old.t5_tokenizer)
-        return train_text.new_text(self.seed)
+        return train_text.new_text(self.seed, captions=self.scale.captions)
 
     def _new_transformer(self) -> FluxTransformer:
         params = self.start.model.params if self.start else self.scale.params
@@ -180,7 +198,16 @@ class Training:
         return Kitchen(latents, self.text(), diet, self.device)
 
     def _looker(self, stage: str, **settings: float) -> Callable[[nn.Module, int], str]:
-        return looker(self.work / stage, self.vae().to(self.device), self.text(), **settings)
+        vae, sizes = self.vae().to(self.device), tuple(self.scale.shards)
+        return looker(self.work / stage, vae, self.text(), sizes, self.scale.looks, **settings)
+
+
+@torch.no_grad()
+def head_start(student: nn.Module, before: nn.Module, after: nn.Module) -> None:
+    """Add to the student what an earlier distillation changed in the model that it goes on from."""
+    changes = zip(student.parameters(), before.parameters(), after.parameters(), strict=True)
+    for parameter, old, new in changes:
+        parameter.add_(new - old)
 
 
 def store(model: nn.Module, path: Path, about: dict[str, float] | None = None) -> None:
@@ -203,9 +230,15 @@ def restore(model: nn.Module, path: Path) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="folder of the run")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="cpu: hours on two cores; gpu: minutes on one")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="cpu",
+        help="cpu: hours of a core; gpu: far more pictures; try: seconds, to see that it runs",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--start", type=Path, help="FLUX folder to go on from (undistilled); without it, from nothing")
+    parser.add_argument("--distilled", type=Path, help="distilled sister of --start: a head start for the distillation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="default T5 tokens of the exported model")
@@ -218,7 +251,7 @@ def main() -> None:
     scale = SCALES[args.scale]
     own = {stage: int(count) for stage, count in (item.split("=") for item in args.steps)}
     scale = replace(scale, steps=scale.steps | own)
-    run = Training(args.work, scale, args.seed, torch.device(args.device), args.start, args.tokens)
+    run = Training(args.work, scale, args.seed, torch.device(args.device), args.start, args.distilled, args.tokens)
     run.run(tuple(stage for stage in STAGES if stage in args.stages))
 
 

@@ -111,6 +111,9 @@ def export_text(folder: Path, text: Text, tokens: int) -> None:
     for name, tokenizer in (("tokenizer", text.clip_tokenizer), ("tokenizer_2", text.t5_tokenizer)):
         tokenizer.save_pretrained(folder / name)
         _tidy(folder / name / "tokenizer_config.json")
+    text.clip_tokenizer.backend_tokenizer.model.save(
+        str(folder / "tokenizer")
+    )  # vocab.json, merges.txt for older releases
 
 
 def _tidy(config: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stages "flow" and "distil": the transformer as a rectified flow on latents, then guidance folded into its embedding."""
+"""Stages "flow" and "distil": a rectified flow on latents, then its guidance folded into the guidance embedding."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -236,9 +236,6 @@ def train_distil(
     device = kitchen.device
     kitchen.diet = replace(kitchen.diet, long_share=0.12)
     teacher, student = teacher.to(device).eval().requires_grad_(False), student.to(device)
-    with torch.no_grad():
-        for parameter in student.guidance_in.out_layer.parameters():
-            parameter.zero_()
 
     def loss_of(step: int) -> Tensor:
         rng, generator = plan.dice(step)

@@ -17,20 +17,26 @@ from ..flux_runtime.weights.report import Report
 from .evaluation import figures, held_out, judge_pictures
 from .train_text import Text
 
-COUNT, STEPS, TOKENS, SIZES = 32, 12, 64, (128, 256)
+STEPS, TOKENS = 12, 64
 TRAINING_HELD_OUT = "captions held out to watch training"
 
 
 def looker(
-    path: Path, vae: AutoEncoder, text: Text, guidance: float = 3.5, cfg: float = 1.0
+    path: Path,
+    vae: AutoEncoder,
+    text: Text,
+    sizes: Sequence[int],
+    count: int = 32,
+    guidance: float = 3.5,
+    cfg: float = 1.0,
 ) -> Callable[[nn.Module, int], str]:
     """A function (transformer, step) that writes PATH-STEP-SIZE.png for each size and returns the judge's figures."""
-    captions = [told for _, told in held_out(COUNT, TRAINING_HELD_OUT)]
+    captions = [told for _, told in held_out(count, TRAINING_HELD_OUT)]
 
     def look(transformer: nn.Module, step: int) -> str:
         flux = assemble(transformer, vae, text)
         lines = []
-        for size in SIZES:
+        for size in sizes:
             draw = Drawn(flux, size, guidance, cfg)
             lines.append(f"{size} px: {figures(judge_pictures(draw, captions, batch=16)).line()}")
             grid(draw.images).save(f"{path}-{step:06d}-{size}.png")

@@ -197,7 +197,7 @@ def question_loss(logits: list[Tensor], wanted: Tensor) -> Tensor:
     return total / 20
 
 
-def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, batch: int = 48) -> str:
+def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, batch: int = 48) -> None:
     """Teach both encoders for `steps`; `known` says that they have been taught the main words before."""
     torch.manual_seed(seed)
     questions = Questions(text.width, text.clip.config.hidden_size)
@@ -214,7 +214,6 @@ def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, bat
     optimiser = Muon(taught.named_parameters(), 0.003 if known else 0.01, 5e-4 if known else 2e-3, _is_matrix)
     course = Course(plan, taught, optimiser, folder)
     course.run(lambda step: _teaching(text, questions, old, plan, step, batch), lambda _, step: score(text, questions))
-    return score(text, questions)
 
 
 def _is_matrix(name: str) -> bool:

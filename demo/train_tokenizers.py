@@ -6,6 +6,7 @@ import random
 import re
 import tempfile
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from .captions import caption
@@ -17,6 +18,7 @@ BLANK, LETTER_SCORE = "\u2581", -12.0
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'\"-:;()"
 
 
+@lru_cache(maxsize=1)
 def make_tokenizers(seed: int, captions: int) -> tuple[object, object]:
     """(CLIP tokenizer, T5 tokenizer) whose vocabularies fit the captions; any other text falls into pieces."""
     rng = random.Random(f"tokenizers {seed}")

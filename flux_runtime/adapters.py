@@ -15,7 +15,7 @@ from .model.attention import attend
 
 if TYPE_CHECKING:
     from .bind import Canvas
-    from .vision import ImageEncoder
+    from .vision import ImageEncoder, LateEncoder
     from .weights.report import Report
 
 
@@ -24,7 +24,7 @@ class IPAdapter:
     """The `FLUX_ADAPTER` edge of an IP-Adapter: its network and the CLIP image encoder it reads."""
 
     model: IPAdapterNet
-    encoder: ImageEncoder | None
+    encoder: ImageEncoder | LateEncoder | None
     name: str
     report: Report | None = None
 
@@ -66,10 +66,10 @@ class ImageAttention:
 
 @dataclass(frozen=True)
 class Redux:
-    """The `FLUX_ADAPTER` edge of FLUX.1 Redux: image tokens that join the prompt, and the SigLIP encoder they come from."""
+    """The `FLUX_ADAPTER` edge of FLUX.1 Redux: image tokens for the prompt, and the SigLIP encoder they come from."""
 
     model: ReduxEncoder
-    encoder: ImageEncoder | None
+    encoder: ImageEncoder | LateEncoder | None
     name: str
     report: Report | None = None
 

@@ -1,9 +1,9 @@
-"""Binding: a conditioning meets its canvas, once a run. The order is by kind of condition, never by the user's wiring."""
+"""Binding: a conditioning meets its canvas, once a run. The order is by kind of condition, not by the user's wiring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from .layout import Layout, pack
 from .model.blocks import ImagePrompt
 from .model.transformer import FluxTransformer, Residuals
 from .model.trunk import Context, Modulation, Trunk
+from .order import in_order
 from .regions import attention_bias
 from .sampling import Step
 
@@ -30,7 +31,7 @@ class Inputs:
     modulation: Modulation
     layout: Layout
     sigma: float
-    residuals: Residuals = Residuals()
+    residuals: Residuals = field(default_factory=Residuals)
     image_prompts: tuple[ImagePrompt, ...] = ()
     bias: Tensor | None = None
 
@@ -120,7 +121,7 @@ def bind(canvas: Canvas, conditions: Sequence[Condition], positive: Bound | None
     """
     transformer, model = canvas.model.transformer, canvas.model
     _check_prompt(model, canvas)
-    ordered = sorted(conditions, key=lambda c: c.kind)
+    ordered = in_order(conditions)
     _check_channels(model, ordered)
     references = [c for c in ordered if c.kind is Kind.REFERENCE]
     layout = canvas.layout(place(references, canvas))
@@ -185,8 +186,8 @@ def _check_prompt(model: FluxModel, canvas: Canvas) -> None:
     have, want = (canvas.text.shape[-1], canvas.pooled.shape[-1]), (params.context_in_dim, params.vec_in_dim)
     if have != want:
         raise FluxError(
-            f"the text encoders give T5 tokens of {have[0]} and a CLIP vector of {have[1]} numbers, but this model reads "
-            f"{want[0]} and {want[1]}: encode the prompt with the text encoders that belong to the model"
+            f"the text encoders give T5 tokens of {have[0]} and a CLIP vector of {have[1]} numbers, but this model "
+            f"reads {want[0]} and {want[1]}: encode the prompt with the text encoders that belong to the model"
         )
 
 

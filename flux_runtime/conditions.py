@@ -133,8 +133,10 @@ class Reference:
 
 
 def place(references: Sequence[Reference], canvas: Canvas) -> tuple[Placed, ...]:
-    """Where each reference lies. With the method "index" the n-th has the index n; with "offset" the index is 1, and each
-    goes beside or below the others of that index, whichever keeps all of them together closer to a square.
+    """Where each reference lies.
+
+    With the method "index" the n-th has the index n. With "offset" the index is 1, and each goes beside or below the
+    others of that index, whichever keeps all of them together closer to a square.
     """
     placed: list[Placed] = []
     for number, reference in enumerate(references, 1):

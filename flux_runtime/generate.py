@@ -60,9 +60,9 @@ def sample(
 
     `start` and `end` cut the schedule, as fractions of its steps: a later start keeps more of `latents`, an earlier
     end leaves noise in the result. `noise` None means that `latents` are already at the noise level of the start.
-    `noise_mask` (B or 1, 1, any size), 1 where to draw, keeps the rest; where it is grey it
-    blends, or with `soft_mask` sets from when on a pixel changes. `watch` gets (step, x, clean estimate) as
-    model-space latents (B, C, h, w) after every step, and may raise to stop.
+    `noise_mask` (B or 1, 1, any size), 1 where to draw, keeps the rest; where it is grey it blends, or with `soft_mask`
+    sets from when on a pixel changes. `watch` gets (step, x, clean estimate) as model-space latents (B, C, h, w) after
+    every step, and may raise to stop.
     """
     _check_latents(model, latents)
     height, width = latents.shape[2:]

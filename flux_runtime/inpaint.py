@@ -39,7 +39,7 @@ class Differential:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         progress = (step.index + 1) / step.count
-        free = (self.mask >= 1 - progress - HALF_LEVEL) & (self.mask > 0)
+        free = (self.mask >= 1 - progress - HALF_LEVEL) & (self.mask > HALF_LEVEL)
         return torch.where(free, x, renoise(self.source, self.noise, step.sigma_next))
 
 

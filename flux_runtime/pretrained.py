@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .errors import FluxError
-from .weights.hub import split_source
 
 
 def load_model(kind: Any, source: str | Path, what: str, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
@@ -63,6 +62,8 @@ def _dtype_name() -> str:
 
 def _explained(load: Callable[[], Any], source: str | Path, what: str) -> Any:
     """Turn what transformers raises for a file that is none of its own into one sentence."""
+    from .weights.hub import split_source  # here, because the loaders of weights import this module
+
     if not Path(source).is_dir() and split_source(str(source)) is None:
         raise FluxError(f"{source} is neither a folder nor a Hugging Face repository (owner/name): name {what}")
     try:

@@ -33,9 +33,10 @@ def redux_prompts(
 ) -> tuple[Prompt, Prompt]:
     """A text prompt (1 or n rows) and n pictures (n, H, W, 3) -> the text and the picture prompt, of one row each.
 
-    "sum" adds up the scaled tokens of all pictures and the scaled text once for each (diffusers), "average" divides that
-    by their number, "join" sets the pictures' tokens one after another beside the unscaled text. The scales multiply
-    tokens; the strengths multiply the attention they get. `downsample` 3 leaves 9x9 of the 27x27 tokens a picture.
+    "sum" adds up the scaled tokens of all pictures and the scaled text once for each (diffusers), "average" divides
+    that by their number, "join" sets the pictures' tokens one after another beside the unscaled text. The scales
+    multiply tokens; the strengths multiply the attention they get. `downsample` 3 leaves 9x9 of the 27x27 tokens of a
+    picture.
     """
     tokens = thinned(redux.tokens(images), downsample)
     count = len(tokens)

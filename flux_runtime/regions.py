@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conditioning import Prompt
+from .conditioning import Conditioning, Prompt
 from .errors import FluxError
 from .layout import PATCH, Layout
+from .masks import combine_masks
+
+
+def within(conditioning: Conditioning, region: Tensor, strength: float = 1.0) -> Conditioning:
+    """The conditioning with prompts that count in a region (H, W) alone; where one has a region already, in both."""
+
+    def placed(prompt: Prompt) -> Prompt:
+        both = region if prompt.region is None else combine_masks(prompt.region, region, "intersect")[0]
+        return replace(prompt, region=both, strength=prompt.strength * strength)
+
+    return replace(conditioning, prompts=tuple(map(placed, conditioning.prompts)))
 
 
 def attention_bias(layout: Layout, prompts: Sequence[Prompt], strengths: Sequence[float]) -> Tensor | None:

@@ -19,6 +19,7 @@ from .sampling import Step
 
 if TYPE_CHECKING:
     from .bind import Canvas, Inputs
+    from .flux import FluxModel
     from .weights.report import Report
 
 # What the first ControlNet-Union of InstantX calls its modes, in the order of its embedding.
@@ -40,12 +41,23 @@ class ControlNet:
     def bind(self, canvas: Canvas, wish: SideNetCondition) -> Conditioner:
         if canvas.negative and wish.negative == "none":
             return lambda inputs, step: inputs
-        if canvas.model.params.hidden_size != self.model.params.hidden_size:
-            raise FluxError(
-                f"the ControlNet {self.name} is {self.model.params.hidden_size} wide and the model "
-                f"{canvas.model.params.hidden_size}: it was made for another model"
-            )
+        self._check_widths(canvas.model)
         return BoundNet(self, wish, canvas)
+
+    def _check_widths(self, model: FluxModel) -> None:
+        own, theirs = self.model.params, model.params
+        pairs = {
+            "width": (own.hidden_size, theirs.hidden_size),
+            "T5 width": (own.context_in_dim, theirs.context_in_dim),
+            "CLIP width": (own.vec_in_dim, theirs.vec_in_dim),
+            "canvas": (own.in_channels, 4 * model.latent.channels),
+        }
+        for what, (mine, needed) in pairs.items():
+            if mine != needed:
+                raise FluxError(
+                    f"the ControlNet {self.name} was made for another model: its {what} is {mine}, "
+                    f"and the model's {needed}"
+                )
 
     def check_mode(self, mode: int | None) -> None:
         count = self.model.side.modes
@@ -96,7 +108,8 @@ class BoundNet:
         if self._last is None or self._last[0] is not inputs.img or self._last[1] != inputs.sigma:
             modulation = self.modulation[self.levels[inputs.sigma]]
             own = self.net.model(inputs.img.to(self.net.dtype), self.hint, self.context, modulation)
-            self._last = inputs.img, inputs.sigma, own
+            double, single = (tuple(r.to(inputs.img) for r in part) for part in (own.double, own.single))
+            self._last = inputs.img, inputs.sigma, Residuals(double, single)
         return self._last[2]
 
 

@@ -14,9 +14,13 @@ from .widgets import Choice, Range
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..flux_runtime.pictures import Picture
+
 log = logging.getLogger("fluxcanvas")
 CHANNELS, FACTOR, MULTIPLE = 16, 8, 16  # of every FLUX.1 VAE; a token is two latents wide
 LARGEST = 8192
+FIT = Choice(("crop", "pad", "stretch"))
+FIT_HELP = "When the shape differs: crop cuts the edges off, pad extends them, stretch distorts."
 
 
 @node("Empty Canvas", category="latent", aliases=("empty latent", "size", "resolution", "batch"))
@@ -49,11 +53,7 @@ def encode_image(
     image: Annotated[IMAGE, "The pictures to start from."],
     width: Annotated[int, Range(0, LARGEST, 16), "Width to bring them to. 0: their own, or as the height asks."] = 0,
     height: Annotated[int, Range(0, LARGEST, 16), "Height to bring them to. 0: their own, or as the width asks."] = 0,
-    fit: Annotated[
-        str,
-        Choice(("crop", "pad", "stretch")),
-        "When the shape differs: crop cuts the edges off, pad extends them, stretch distorts.",
-    ] = "crop",
+    fit: Annotated[str, FIT, FIT_HELP] = "crop",
 ) -> Annotated[LATENT, Output("latent"), "The pictures as a latent, for Sample."]:
     """Turns pictures into a latent, so that Sample can change them. Sides become multiples of 16."""
     from ..flux_runtime.fit import fit as bring_to_size
@@ -69,7 +69,21 @@ def rgb(image: IMAGE) -> Tensor:
     """The pictures with three channels: alpha is left out, grey becomes colour."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or not image.numel():
         raise FluxError(f"a picture has the shape (batch, height, width, 3); this one has {tuple(image.shape)}")
+    if not image.isfinite().all():
+        raise FluxError("this picture holds numbers that are not finite; a node before it went wrong")
     return image.expand(*image.shape[:3], 3) if image.shape[-1] == 1 else image[..., :3]
+
+
+def picture(image: IMAGE, vae: FLUX_VAE | None, fit: str) -> Picture:
+    """Pictures to be fitted and encoded once the canvas is known; a VAE of another kind of model is refused."""
+    from ..flux_runtime.pictures import Picture
+
+    if vae and (vae.params.z_channels, vae.params.factor) != (CHANNELS, FACTOR):
+        raise FluxError(
+            f"this VAE makes latents of {vae.params.z_channels} channels and FLUX.1 reads {CHANNELS}: it belongs to "
+            "another model; connect the vae of Load FLUX"
+        )
+    return Picture(rgb(image), vae, fit)
 
 
 def samples_of(latent: LATENT) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
+from ..flux_runtime.errors import FluxError
+from .checks import forward
 from .edges import FLUX_CONDITIONING, FLUX_MODEL, LATENT
 from .host import Host, current
 from .latent import flux_samples
 from .schema import Output, node
-from .widgets import Range, Seed
+from .widgets import Flag, Range, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,17 +19,12 @@ if TYPE_CHECKING:
     from ..flux_runtime.sampling import Step
 
 
-def _forward(start: float | None, end: float | None) -> bool | str:
-    """Judges the denoise range before anything is loaded; a linked value is None and is judged when it is known."""
-    for name, value in (("start", start), ("end", end)):
-        if value is not None and not 0 <= value <= 1:
-            return f"{name} is {value}; it must be from 0 to 1"
-    if start is None or end is None or start < end:
-        return True
-    return f"start ({start:g}) must lie before end ({end:g}): 0 to 1 draws anew, 0.4 to 1 changes a given picture"
-
-
-@node("Sample", category="sampling", aliases=("ksampler", "denoise", "generate", "draw", "img2img"), validate=_forward)
+@node(
+    "Sample",
+    category="sampling",
+    aliases=("ksampler", "denoise", "generate", "draw", "img2img"),
+    validate=forward("0 to 1 draws anew, 0.4 to 1 changes a given picture"),
+)
 def sample(
     model: Annotated[FLUX_MODEL, "The model, from Load FLUX."],
     positive: Annotated[FLUX_CONDITIONING, "What to draw, from Encode Prompt."],
@@ -57,26 +54,34 @@ def sample(
     negative: Annotated[
         FLUX_CONDITIONING | None, "What to avoid, from a second Encode Prompt. Needs a true_cfg_scale above 1."
     ] = None,
+    add_noise: Annotated[
+        bool,
+        Flag(optional=True),
+        "Off: the latent comes from another Sample that ended where this one starts, and has its noise already.",
+    ] = True,
 ) -> Annotated[LATENT, Output("latent"), "The drawn latent, for Decode."]:
     """Draws the picture, step by step, with a preview of each. It can be stopped between any two steps."""
     from ..flux_runtime import generate
 
     host = current()
     samples = flux_samples(latent, host)
+    if not add_noise and not samples.any():
+        raise FluxError("add_noise is off and the latent is empty, so there is nothing to draw from: switch it on")
     steps = steps or model.variant.steps
-    host.text(_plan(steps, seed, true_cfg_scale, negative is not None))
+    host.text(_plan(steps, f"seed {seed}" if add_noise else "no new noise", true_cfg_scale, negative is not None))
     drawn = generate.sample(
         model, positive, negative,
-        latents=samples, noise=generate.make_noise(samples.shape, seed), noise_mask=latent.get("noise_mask"),
+        latents=samples, noise=generate.make_noise(samples.shape, seed) if add_noise else None,
+        noise_mask=latent.get("noise_mask"), soft_mask=latent.get("noise_mask_mode") == "soft",
         steps=steps, start=start, end=end, guidance=guidance or None, true_cfg_scale=true_cfg_scale,
         watch=watcher(host, model),
     )  # fmt: skip
     return {**latent, "samples": drawn.float().cpu()}
 
 
-def _plan(steps: int, seed: int, true_cfg_scale: float, has_negative: bool) -> str:
+def _plan(steps: int, noise: str, true_cfg_scale: float, has_negative: bool) -> str:
     """What the run will do, with a word on a setting that has no effect."""
-    plan = f"{steps} steps, seed {seed}"
+    plan = f"{steps} steps, {noise}"
     if has_negative and true_cfg_scale <= 1:
         return plan + "; the negative prompt has no effect until true_cfg_scale is above 1"
     if true_cfg_scale > 1:

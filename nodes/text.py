@@ -1,10 +1,12 @@
-"""Words become conditioning."""
+"""Words become conditioning; several are joined, each in its place."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from .edges import FLUX_CONDITIONING, FLUX_TEXT
+from .edges import FLUX_CONDITIONING, FLUX_TEXT, MASK
+from .host import current
+from .masks import region_of
 from .schema import Output, node
 from .widgets import Range, Text
 
@@ -38,3 +40,32 @@ def encode_prompt(
 
     encoded = text.encode(prompt, prompt_2 or None, max_tokens=max_tokens or None)
     return Conditioning(prompts=(encoded,), guidance=guidance or None)
+
+
+@node("Combine Conditioning", category="conditioning", aliases=("conditioning combine", "concat", "regional", "merge"))
+def combine_conditioning(
+    first: Annotated[FLUX_CONDITIONING, "A prompt with its conditions. Its overall look and its guidance lead."],
+    second: Annotated[FLUX_CONDITIONING, "Another."],
+) -> Annotated[FLUX_CONDITIONING, Output("conditioning"), "Both together, in one picture."]:
+    """Draws two prompts, with all their conditions, into one picture. Give each a Region Prompt to keep them apart."""
+    from ..flux_runtime.conditioning import combine
+
+    if None not in (first.guidance, second.guidance) and first.guidance != second.guidance:
+        current().text(f"the prompts ask for different guidance; the first's {first.guidance:g} is taken")
+    return combine(first, second)
+
+
+@node(
+    "Region Prompt",
+    category="conditioning",
+    aliases=("regional prompt", "conditioning set mask", "area", "attention mask"),
+)
+def region_prompt(
+    conditioning: Annotated[FLUX_CONDITIONING, "The prompt that is to count in one place only."],
+    mask: Annotated[MASK, "Where it counts: white. It is stretched over the canvas, greys count in part."],
+    strength: Annotated[float, Range(0.0, 10.0, 0.05), "How much attention the prompt gets there."] = 1.0,
+) -> Annotated[FLUX_CONDITIONING, Output("conditioning"), "The prompt in its place, for Combine Conditioning."]:
+    """Makes a prompt count in one part of the picture alone. Combine it with others, and with one for the whole."""
+    from ..flux_runtime.regions import within
+
+    return within(conditioning, region_of(mask), strength)

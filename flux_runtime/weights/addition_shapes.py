@@ -1,4 +1,4 @@
-"""The configuration of each addition to a model, read off its tensor shapes; a config.json tells only what they cannot."""
+"""The configuration of each addition to a model, read off its tensor shapes; a config.json tells what they cannot."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def image_encoder(component: Component) -> Any:
 # Published encoders by width: heads, activation, and the side of the picture where it is no multiple of the patch.
 _CLIP_KNOWN = {1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 _SIGLIP_KNOWN = {768: (12, 0), 1024: (16, 0), 1152: (16, 384)}
-_TOLD = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
+_TOLD = {"num_attention_heads": int, "hidden_act": str, "layer_norm_eps": float, "image_size": int}
 
 
 def vision_config(component: Component) -> dict[str, Any]:
@@ -121,12 +121,13 @@ def vision_config(component: Component) -> dict[str, Any]:
         intermediate_size=shape_of(component, "encoder.layers.0.mlp.fc1.weight", 2)[0],
         image_size=int((positions - is_clip(component)) ** 0.5) * patch,
     )
-    told = component.config.get("vision_config", component.config)
+    nested = component.config.get("vision_config")
+    told = nested if isinstance(nested, dict) else component.config
     known = _CLIP_KNOWN if is_clip(component) else _SIGLIP_KNOWN
     if hidden not in known and "num_attention_heads" not in told:
         log.warning("%s: no config.json; %d attention heads are assumed", where(component), max(hidden // 64, 1))
     config |= _clip_facts(component, hidden) if is_clip(component) else _siglip_facts(hidden, config["image_size"])
-    config |= {name: told[name] for name in _TOLD if told.get(name) is not None}
+    config |= {name: told[name] for name, kind in _TOLD.items() if isinstance(told.get(name), kind) and told[name]}
     if hidden % config["num_attention_heads"]:
         raise FluxError(f"{where(component)}: a width of {hidden} does not divide into its attention heads")
     return config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,6 @@ MAKERS: Mapping[str, Callable[[Component], nn.Module]] = {
     IP_ADAPTER: sizes.ip_adapter,
     REDUX: sizes.redux,
     IMAGE_ENCODER: sizes.image_encoder,
-}
-LOADERS = {
-    "transformer": "LoadFlux (load_flux)",
-    CONTROLNET: "LoadControlNet (load_controlnet)",
-    IP_ADAPTER: "LoadAdapter (load_adapter)",
 }
 
 
@@ -86,7 +81,7 @@ def load_controlnet(
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> ControlNet:
-    """Load a ControlNet of InstantX, Shakker, XLabs or MistoLine: a .safetensors file, a diffusers folder or a repository.
+    """Load a ControlNet of InstantX, Shakker, XLabs or MistoLine from a .safetensors file, a folder or a repository.
 
     Whatever is no ControlNet for FLUX.1 is a `FluxError` that says what it is, and what loads it.
     """
@@ -117,7 +112,8 @@ def load_adapter(
     clip = found.component.kind == IP_ADAPTER
     width = module.params.embed_dim if clip else module.redux_up.in_features
     eyes = _encoder(encoder, found, "CLIP" if clip else "SigLIP", width, search, place)
-    report = Report(str(source), (part,), notes=(f"image encoder: {eyes.name}",) if eyes else ())
+    parts = (part, *(eyes.report.parts if eyes and eyes.report else ()))
+    report = Report(str(source), parts, notes=(f"image encoder: {eyes.name}",) if eyes else ())
     return (IPAdapter if clip else Redux)(module, eyes, found.name, report)
 
 
@@ -129,8 +125,7 @@ def load_image_encoder(
     progress: Progress | None = None,
 ) -> ImageEncoder:
     """Load CLIP's or SigLIP's vision model: a file (alone or with its text half), a folder or a repository."""
-    found = open_addition(source, (IMAGE_ENCODER,), progress)
-    return _fill_encoder(found, Place(choose_device(device), dtype, progress))
+    return _open_encoder(source, Place(choose_device(device), dtype, progress))
 
 
 def open_addition(source: str | Path, kinds: tuple[str, ...], progress: Progress | None = None) -> Found:
@@ -178,32 +173,31 @@ def _encoder(
     named: str | Path | ImageEncoder | None, found: Found, family: str, width: int, search: Sequence[Path], place: Place
 ) -> ImageEncoder | LateEncoder | None:
     """The image encoder of an adapter, checked to fit it; None where nothing fits and none is published."""
-    if isinstance(named, ImageEncoder):
-        return _fitting(named, family, width, found.name)
     if named is not None:
-        return _fitting(_fill_encoder(open_addition(named, (IMAGE_ENCODER,), place.progress), place), family, width, found.name)
+        own = named if isinstance(named, ImageEncoder) else _open_encoder(named, place)
+        if (own.family, own.width) != (family, width):
+            raise FluxError(
+                f"{found.name} sees pictures with a {family} image encoder of width {width}, and {own.name} is "
+                f"{own.family} of width {own.width}; name the encoder that belongs to the adapter"
+            )
+        return own
     local = find_encoder(family, width, found.folder, search)
     if local is not None:
-        return _fill_encoder(Found(local, Path(local.files[0]).parent, Path(local.files[0]).stem), place)
+        file = Path(local.files[0])
+        folder = found.folder if file.is_relative_to(found.folder) else file.parent
+        return _fill_encoder(Found(local, folder, _short_name(file)), place)
     repo = PUBLISHED.get((family, width))
-    if repo is None:
-        log.warning("%s: no %s image encoder of width %d was found; name one to show it pictures", found.name, family, width)
-        return None
-    return LateEncoder(repo, lambda: _fill_encoder(open_addition(repo, (IMAGE_ENCODER,), place.progress), place))
+    if repo is not None:
+        return LateEncoder(repo, lambda: _open_encoder(repo, place))
+    log.warning("%s: no %s image encoder of width %d is here; name one to show it pictures", found.name, family, width)
+    return None
 
 
-def _fitting(encoder: ImageEncoder, family: str, width: int, adapter: str) -> ImageEncoder:
-    if (encoder.family, encoder.width) != (family, width):
-        raise FluxError(
-            f"{adapter} sees pictures with a {family} image encoder of width {width}, and {encoder.name} is "
-            f"{encoder.family} of width {encoder.width}; name the encoder that belongs to the adapter"
-        )
-    return encoder
+def _open_encoder(source: str | Path, place: Place) -> ImageEncoder:
+    return _fill_encoder(open_addition(source, (IMAGE_ENCODER,), place.progress), place)
 
 
 def _fill_encoder(found: Found, place: Place) -> ImageEncoder:
     module, part = place.fill(found.component, sizes.image_encoder)
     processor = processor_for(found.component, module.config.image_size, found.folder)
-    family = "CLIP" if sizes.is_clip(found.component) else "SigLIP"
-    width = sizes.embedding_width(found.component)
-    return ImageEncoder(module, processor, found.name, family, width, Report(found.name, (part,)))
+    return ImageEncoder(module, processor, found.name, Report(found.name, (part,)))

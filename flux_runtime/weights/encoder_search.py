@@ -56,7 +56,12 @@ def processor_for(component: Component, side: int, folder: Path) -> Any:
         own = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         own |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": BICUBIC}
         return without_torchvision("CLIPImageProcessor")(**own | told)
-    own = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": BICUBIC}
+    own = {
+        "size": {"height": side, "width": side},
+        "resample": BICUBIC,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     return without_torchvision("SiglipImageProcessor")(**own | told)
 
 

@@ -62,7 +62,7 @@ def open_path(path: Path) -> Sources:
 
 
 def open_file(path: Path) -> Sources:
-    contents = read_contents(*_files_and_config(path))
+    contents = read_contents(*files_and_config(path))
     return Sources(str(path), contents.components, (path.parent,), None, path.stem, contents.leftover, contents.foreign)
 
 
@@ -83,14 +83,14 @@ def open_folder(folder: Path) -> Sources:
         components,
         (folder,),
         read_json(scheduler) if scheduler.is_file() else None,
-        _folder_name(folder),
+        folder_name(folder),
         absent=absent,
     )
 
 
 def _lone_component(folder: Path) -> Sources:
     if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
-        contents = read_contents(*_files_and_config(folder))
+        contents = read_contents(*files_and_config(folder))
         return Sources(
             str(folder),
             contents.components,
@@ -106,7 +106,7 @@ def _lone_component(folder: Path) -> Sources:
     )
 
 
-def _folder_name(folder: Path) -> str:
+def folder_name(folder: Path) -> str:
     """The telling part of a path: the download cache hides the repository's name two folders up."""
     return folder.parents[1].name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else folder.name
 
@@ -118,7 +118,7 @@ def open_component(path: Path, kind: str) -> Component:
         raise FluxError(f"the {LABELS[kind]} {path} does not exist; check the path")
     if path.is_dir() and (path / FOLDERS[kind]).is_dir():
         path = path / FOLDERS[kind]
-    contents = read_contents(*_files_and_config(path))
+    contents = read_contents(*files_and_config(path))
     if kind not in contents.components:
         raise FluxError(f"{path} holds no {LABELS[kind]}: {what_it_is(contents)}")
     component = contents.components[kind]
@@ -143,7 +143,7 @@ def read_contents(files: Sequence[Path], config: Mapping[str, Any]) -> Contents:
     return sort_out(tensors, tuple(map(str, files)), config, metadata)
 
 
-def _files_and_config(path: Path) -> tuple[list[Path], dict[str, Any]]:
+def files_and_config(path: Path) -> tuple[list[Path], dict[str, Any]]:
     """The weight files of a component's folder, or the one file; and the config.json that belongs to them."""
     return (component_files(path), _config_of(path)) if path.is_dir() else ([path], _config_beside(path))
 
@@ -189,17 +189,19 @@ def _readiness(component: Component) -> int:
 
 
 def _components_in(beside: Sequence[Path], below: Sequence[Path]) -> Iterator[Component]:
-    """Every part of a model in some folders, and in others with all that is below them.
-
-    Files that cannot be read are passed over: nobody named them.
-    """
-    found = [path for folder in beside for path in folder.glob("*.safetensors*")]
-    found += [path for folder in below for path in sorted(folder.rglob("*.safetensors*"))]
-    whole = [path for path in found if not re.search(r"-\d+-of-\d+", path.name)]  # shards are found by their index
-    for path in dict.fromkeys(path.parent if path.suffix == ".json" else path for path in whole):
+    """Every part of a model in some folders. Files that cannot be read are passed over: nobody named them."""
+    for path in weight_paths(beside, below):
         try:
-            contents = read_contents(*_files_and_config(path))
+            contents = read_contents(*files_and_config(path))
         except FluxError as error:
             log.info("passed over: %s", error)
             continue
         yield from contents.components.values()
+
+
+def weight_paths(beside: Sequence[Path], below: Sequence[Path]) -> list[Path]:
+    """Weight files, and folders of sharded ones, in some folders, and in others with all that is below them."""
+    found = [path for folder in beside for path in folder.glob("*.safetensors*")]
+    found += [path for folder in below for path in sorted(folder.rglob("*.safetensors*"))]
+    whole = [path for path in found if not re.search(r"-\d+-of-\d+", path.name)]  # shards are found by their index
+    return list(dict.fromkeys(path.parent if path.suffix == ".json" else path for path in whole))

@@ -4,19 +4,19 @@ no console error, no page error, no failed request and no request to anything bu
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PATIENCE = 90_000  # ms; a busy machine may take long, and no test passes by waiting
+PATIENCE = 60_000  # ms; a busy machine may take long, and no test passes by waiting
 SIZE = {"width": 1500, "height": 900}
 FLAGS = (
     "--no-sandbox",
@@ -25,6 +25,8 @@ FLAGS = (
     "--disable-background-networking",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+# The server keeps what a canvas sets; no test is to find what another left.
+USUAL = {"Comfy.RightSidePanel.IsOpen": False, "Comfy.VueNodes.Enabled": False, "Comfy.Queue.History.Expanded": False}
 EVENTS = (
     "status", "execution_start", "executing", "progress_state", "b_preview_with_metadata", "executed",
     "execution_success", "execution_error", "execution_interrupted",
@@ -40,7 +42,7 @@ PLACE = """([title, name]) => {
   const node = app.graph._nodes.find(n => n.title === title), { scale, offset } = app.canvas.ds;
   const { left, top } = app.canvas.canvas.getBoundingClientRect();
   const widget = node.widgets?.find(w => w.name === name);
-  const [x, y, width, height] = widget ? [0, widget.y, node.size[0], 20] : [0, 0, ...node.size];
+  const [x, y, width, height] = widget ? [0, widget.y, node.size[0], widget.computedHeight ?? 20] : [0, 0, ...node.size];
   return {
     x: left + (node.pos[0] + x + offset[0]) * scale, y: top + (node.pos[1] + y + offset[1]) * scale,
     width: width * scale, height: height * scale,
@@ -70,6 +72,11 @@ class Server:
                 return found.group()
             time.sleep(0.05)
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
+
+    def post(self, path: str, value: Any) -> None:
+        """POST a JSON value."""
+        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=30).close()
 
     def kill(self) -> None:
         """End it without a chance to tidy up."""
@@ -147,9 +154,20 @@ class Canvas:
         """Wait until a JavaScript condition holds; its value."""
         return self.page.wait_for_function(condition, arg=argument, timeout=PATIENCE).json_value()
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition of Python holds, such as one on what the screen shows."""
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come to hold"
+            self.page.wait_for_timeout(100)
+
     def command(self, name: str) -> None:
         """Execute one of the canvas's commands without waiting for what it opens."""
         self.page.evaluate("name => { app.extensionManager.command.execute(name) }", name)
+
+    def set(self, setting: str, value: Any) -> None:
+        """Change one of the canvas's settings."""
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
 
     # ------------------------------------------------------------ the graph
     def node(self, title: str) -> str:
@@ -235,6 +253,7 @@ def new_canvas(browser: Any, server: Server) -> Iterator[Callable[[], Canvas]]:
     opened: list[Canvas] = []
 
     def make() -> Canvas:
+        server.post("settings", USUAL)
         opened.append(Canvas(browser, server))
         return opened[-1]
 

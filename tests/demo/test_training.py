@@ -73,13 +73,15 @@ def test_a_resumed_flow_equals_an_uninterrupted_one_bit_for_bit(kitchen, tmp_pat
 
 def test_a_resumed_distillation_equals_an_uninterrupted_one(kitchen, tmp_path):
     def distil(folder: Path, until: int | None = None) -> dict[str, torch.Tensor]:
-        teacher, student = (train_flow.new_transformer(PARAMS, seed=2) for _ in range(2))
+        student = train_flow.new_transformer(PARAMS, seed=2)
+        teacher = train_flow.FluxTransformer(PARAMS)  # one that says something: the seed has just been set
         plan = Plan("distil", 3, seed=3, warmup=1, save_every=1)
         train_flow.train_distil(teacher, student, kitchen, plan, folder, until=until)
         return dict(student.state_dict())
 
     whole = distil(tmp_path / "whole")
-    distil(tmp_path / "halted", until=1)
+    halted = distil(tmp_path / "halted", until=1)
+    assert not same(whole, halted)
     assert same(whole, distil(tmp_path / "halted"))
 
 
@@ -188,3 +190,16 @@ def test_a_stage_that_is_done_is_not_done_again(tmp_path):
     run.run(("vae",))
     assert run.vae().params == vae.params
     assert same(dict(vae.state_dict()), dict(run.vae().state_dict()))
+
+
+def test_one_command_goes_through_all_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--work", str(tmp_path), "--scale", "try", "--tokens", "24"])
+    train.main()
+    said = capsys.readouterr().out
+    assert all(f"{stage}: begins" in said for stage in train.STAGES)
+    assert "flow: step 4 of 4" in said and "understood: T5" in said and "64 px: background" in said
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"flow-000004-64.png", "distil-000004-32.png"}
+    flux = load_flux(tmp_path / "model", device="cpu")
+    assert flux.model.params == train.TRY.params and flux.text.default_tokens == 24
+    train.main()
+    assert "flow: step" not in capsys.readouterr().out  # what is done is not done again

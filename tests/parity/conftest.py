@@ -4,8 +4,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -149,3 +151,64 @@ def _relative(ours, theirs) -> float:
 def relative():
     """Relative difference of two tensors or arrays in the 2-norm; differing shapes fail."""
     return _relative
+
+
+@pytest.fixture(scope="session")
+def mask() -> Image.Image:
+    """White in the middle, of the size of the pictures."""
+    array = np.zeros((56, 80), dtype=np.uint8)
+    array[10:41, 20:61] = 255
+    return Image.fromarray(array)
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """`oracle(pipe, "FluxFillPipeline", ...)` -> latents of that pipeline with the parts of `pipe`, or with others."""
+    import diffusers
+
+    def call(pipe, name, *, parts=(), steps=5, output_type="latent", **options):
+        own = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+        other = getattr(diffusers, name)(**own | dict(parts))
+        other.set_progress_bar_config(disable=True)
+        defaults = {"prompt": "a red house under a yellow moon", "guidance_scale": 3.5, "max_sequence_length": 24}
+        options = {**defaults, "generator": torch.Generator().manual_seed(3), **options}
+        return other(num_inference_steps=steps, output_type=output_type, **options).images
+
+    return call
+
+
+def build_controlnet(shape: Shape, **config) -> torch.nn.Module:
+    """A ControlNet for the models of this shape; `config` says what kind."""
+    from diffusers import FluxControlNetModel
+
+    sizes = {"in_channels": 64, "num_layers": 2, "num_single_layers": 3, "patch_size": 1, "guidance_embeds": True}
+    model = FluxControlNetModel(
+        attention_head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=list(shape.axes),
+        **sizes | config,
+    )
+    _randomise(model, 0.06)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def net_pair(tmp_path_factory):
+    """`net_pair(shape, seed=0, **config)` -> (diffusers' ControlNet, ours) with the same weights."""
+    from fluxcanvas.flux_runtime import load_controlnet
+
+    made: dict = {}
+
+    def get(shape: Shape, seed: int = 0, **config):
+        key = (shape, seed, *sorted(config.items()))
+        if key not in made:
+            torch.manual_seed(seed)
+            theirs = build_controlnet(shape, **config)
+            folder = tmp_path_factory.mktemp("net")
+            theirs.save_pretrained(folder)
+            made[key] = theirs, load_controlnet(folder, device="cpu", dtype="fp32")
+        return made[key]
+
+    return get

@@ -23,29 +23,6 @@ def picture(seed: int, width: int = 80, height: int = 56) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    array = np.zeros((56, 80), dtype=np.uint8)
-    array[10:41, 20:61] = 255
-    return Image.fromarray(array)
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    """`oracle(pipe, "FluxFillPipeline", ...)` -> latents of that pipeline with the parts of `pipe`."""
-    import diffusers
-
-    def call(pipe, name, *, steps=5, output_type="latent", **options):
-        kind = getattr(diffusers, name)
-        parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
-        other = kind(**parts)
-        other.set_progress_bar_config(disable=True)
-        options = {"guidance_scale": 3.5, "max_sequence_length": 24, "generator": rng(), **options}
-        return other(prompt=PROMPT, num_inference_steps=steps, output_type=output_type, **options).images
-
-    return call
-
-
 def ours(recipe, flux, *, steps=5, output="latent", **options):
     options = {"guidance": 3.5, "max_sequence_length": 24, "generator": rng(), **options}
     return recipe(flux, PROMPT, steps=steps, output=output, **options)

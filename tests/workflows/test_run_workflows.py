@@ -1,9 +1,8 @@
-"""Every shipped workflow runs for real on the demo model, and its pictures show what its prompts say."""
+"""Every shipped workflow runs for real, on the demo model or on stand-ins, and shows what its prompts say."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,75 +11,86 @@ from PIL import Image
 
 from fluxcanvas.demo import judge
 from fluxcanvas.web.host.convert import convert
-from fluxcanvas.web.host.examples import STARTER, WORKFLOWS, provide_inputs
-from fluxcanvas.web.host.folders import Folders
-from fluxcanvas.web.host.node_info import object_info
-from fluxcanvas.web.host.run import Runner
+from fluxcanvas.web.host.examples import STARTER, WORKFLOWS
 from fluxcanvas.web.host.workflow_file import read_workflow
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-# What each saved picture is to show, by the prefix of its name. A picture is judged against what its prompts state.
+PIPELINES = (
+    "text-to-image", "image-to-image", "inpaint", "fill", "outpaint", "control-canny", "control-depth",
+    "control-image-to-image", "control-inpaint", "controlnet", "controlnet-image-to-image", "controlnet-inpaint",
+    "redux", "kontext", "kontext-inpaint", "ip-adapter",
+)  # fmt: skip
+# What each saved picture is to show, by the prefix of its name: each is judged against what its prompt states.
 SHOWS = {
     "text-to-image": {"fluxcanvas": ["a purple hot air balloon over a white house at sunset"]},
     "negative-prompt": {"fluxcanvas-negative": ["a yellow moon over a white house"]},
     "image-to-image": {"fluxcanvas-changed": ["a red house at sunset under a yellow sun"]},
     "batch": {"fluxcanvas-batch": ["a blue boat on the sea under a yellow sun"] * 4},
-    "draw-twice": {
-        "fluxcanvas-first": ["a red house on a green meadow"],
-        "fluxcanvas-second": ["a red house in the snow"],
-    },
+    "draw-twice": {"fluxcanvas-twice": ["a red house in the snow"]},
     "subgraph": {
         "fluxcanvas-day": ["a white house on a green meadow under a yellow sun"],
         "fluxcanvas-night": ["a white house at night under a yellow moon"],
     },
+    "inpaint": {"fluxcanvas-inpaint": ["a green tree on a meadow under a yellow sun"]},
+    "dev": {"fluxcanvas-dev": ["a white house in the snow under a blue hot air balloon"]},
+    "fill": {"fluxcanvas-fill": ["a green tree on a green meadow under a yellow sun"]},
+    "control-canny": {"fluxcanvas-control-canny": ["a white house at sunset under a yellow sun"]},
+    "control-depth": {"fluxcanvas-control-depth": ["a white house at sunset under a yellow sun"]},
+    "control-inpaint": {"fluxcanvas-control-inpaint": ["a blue house on a green meadow under a yellow sun"]},
+    "controlnet": {"fluxcanvas-controlnet": ["a red boat on the sea under a yellow sun"]},
+    "controlnet-inpaint": {"fluxcanvas-controlnet-inpaint": ["a blue house on a green meadow under a yellow sun"]},
 }
+# The width and height of what is not 128x128.
+SIZES = {"outpaint": (192, 128), "soft-inpaint": (256, 256)}
+# What tells in a line of text on itself what it did.
+TELLING = ("LoadFlux", "LoadControlNet", "LoadAdapter", "Sample", "DepthMap", "CropForInpaint", "KontextCanvas")
+LINE = 60  # pixels that such a line makes a node longer
+TITLE = 30
 
 
-@dataclass
-class Bench:
-    """A runner with the demo model and the definitions of its nodes."""
-
-    runner: Runner
-    definitions: dict
-
-    def pictures(self, name: str, *settings: str) -> dict[str, list[Image.Image]]:
-        """Run a shipped workflow; its pictures by the prefix of their names."""
-        prepared = self.runner.prepare(read_workflow(WORKFLOWS / f"{name}.json"), settings)
-        found: dict[str, list[Image.Image]] = {}
-        for path in self.runner.execute(prepared).pictures:
-            with Image.open(path) as picture:
-                found.setdefault(path.name.partition("_")[0], []).append(picture.convert("RGB"))
-        return found
+def read(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folders = Folders(tmp_path_factory.mktemp("base"))
-    provide_inputs(folders.input)
-    runner = Runner(folders, device="cpu")
-    yield Bench(runner, object_info(runner.packs.nodes, runner.packs.display_names))
-    folders.close()
-    torch.set_num_threads(threads)
+def graphs(saved: dict) -> list[dict]:
+    """The workflow and the subgraphs in it."""
+    return [saved, *saved.get("definitions", {}).get("subgraphs", ())]
 
 
-def test_every_workflow_is_judged():
-    assert sorted(SHOWS) == NAMES and STARTER in NAMES
+def test_there_is_one_for_each_pipeline_and_some_for_combinations():
+    assert set(PIPELINES) <= set(NAMES) and STARTER in NAMES and set(SHOWS) <= set(NAMES)
+    kinds = [
+        {node["type"] for node in read(name)["nodes"]}
+        for name in ("fill-controlnet-redux-ip-adapter", "kontext-controlnet")
+    ]
+    wanted = ({"FillCondition", "ControlNet", "ReduxPrior", "IPAdapter"}, {"KontextCondition", "ControlNet"})
+    for have, want in zip(kinds, wanted, strict=True):
+        assert {f"FluxCanvas_{kind}" for kind in want} <= have
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_show_what_the_prompts_say(bench, name):
+def test_it_runs_and_saves_its_pictures(bench, name):
     pictures = bench.pictures(name)
-    assert {prefix: len(found) for prefix, found in pictures.items()} == {
-        key: len(texts) for key, texts in SHOWS[name].items()
-    }
+    expected = {prefix: len(texts) for prefix, texts in SHOWS.get(name, {f"fluxcanvas-{name}": [""]}).items()}
+    assert {prefix: len(found) for prefix, found in pictures.items()} == expected
+    for found in pictures.values():
+        assert [picture.size for picture in found] == [SIZES.get(name, (128, 128))] * len(found)
+        assert all(min(low for low, _ in p.getextrema()) < 200 and _deviation(p) > 5 for p in found), "an empty picture"
+
+
+@pytest.mark.parametrize("name", sorted(SHOWS))
+def test_pictures_show_what_the_prompts_say(bench, name):
     for prefix, prompts in SHOWS[name].items():
-        for picture, prompt in zip(pictures[prefix], prompts, strict=True):
+        for picture, prompt in zip(bench.pictures(name)[prefix], prompts, strict=True):
             assert judge.follows(picture, prompt).reasons == (), f"{prefix}: {prompt}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+def _deviation(picture: Image.Image) -> float:
+    """Of its grey levels."""
+    return torch.tensor(list(picture.convert("L").tobytes()), dtype=torch.float32).std().item()
+
+
+@pytest.mark.parametrize("name", sorted(SHOWS))
 def test_the_prompts_stand_in_the_file(name):
     text = (WORKFLOWS / f"{name}.json").read_text()
     assert all(json.dumps(prompt) in text for prompts in SHOWS[name].values() for prompt in prompts)
@@ -88,8 +98,7 @@ def test_the_prompts_stand_in_the_file(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_format_beside_it_is_the_same(bench, name):
-    saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    assert convert(saved, bench.definitions) == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    assert convert(read(name), bench.definitions) == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
 
 
 def test_there_is_an_api_file_and_a_thumbnail_for_each():
@@ -100,47 +109,54 @@ def test_there_is_an_api_file_and_a_thumbnail_for_each():
     assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
 
 
+def test_the_pictures_they_load_come_along_and_are_small():
+    loaded = {
+        node["widgets_values"][0]
+        for name in NAMES
+        for node in read(name)["nodes"]
+        if node["type"].startswith("LoadImage")
+    }
+    assert loaded == {path.name for path in (WORKFLOWS / "inputs").iterdir()}
+    assert all(path.stat().st_size < 60_000 for path in (WORKFLOWS / "inputs").iterdir())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stranger_reads_what_it_is_for(name):
-    saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    notes = [node for node in saved["nodes"] if node["type"] == "MarkdownNote"]
+    notes = [node for node in read(name)["nodes"] if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and 60 < len(notes[0]["widgets_values"][0]) < 500
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_node_covers_another(name):
-    saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    for graph in (saved, *saved.get("definitions", {}).get("subgraphs", ())):
-        boxes = [(*node["pos"], *node["size"], node["id"]) for node in graph["nodes"]]
-        for left, top, width, height, key in boxes:
-            for x, y, w, h, other in boxes:
-                assert key >= other or left + width <= x or x + w <= left or top + height <= y - 30 or y + h <= top - 30
+def test_no_node_covers_another_not_even_with_a_line_of_text_on_it(name):
+    for graph in graphs(read(name)):
+        boxes = [_box(node) for node in graph["nodes"]]
+        for index, (left, top, right, bottom) in enumerate(boxes):
+            for x0, y0, x1, y1 in boxes[:index]:
+                assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+
+
+def _box(node: dict) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom, with the title above and room for a line of text below."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    line = LINE if node["type"].removeprefix("FluxCanvas_") in TELLING else 0
+    return left, top - TITLE, left + width, top + height + line
 
 
 def test_the_negative_prompt_counts(bench):
-    with_it = bench.pictures("negative-prompt")["fluxcanvas-negative"][0]
-    without = bench.pictures("negative-prompt", "Sample.true_cfg_scale=1")["fluxcanvas-negative"][0]
+    with_it = bench.picture("negative-prompt")
+    without = bench.picture("negative-prompt", "Sample.true_cfg_scale=1")
     assert judge.look([with_it])[0].background != "night"
     assert judge.look([without])[0].background == "night"
 
 
-def test_the_range_decides_how_much_of_a_picture_stays(bench):
+def test_the_range_decides_how_much_of_a_picture_stays(bench, distance):
     given = Image.open(WORKFLOWS / "inputs" / "fluxcanvas-house.png").convert("RGB").resize((128, 128))
-    distances = [
-        _distance(given, bench.pictures("image-to-image", f"Sample.start={start}")["fluxcanvas-changed"][0])
-        for start in (0.1, 0.4, 0.7)
-    ]
+    distances = [distance(given, bench.picture("image-to-image", f"Sample.start={start}")) for start in (0.1, 0.4, 0.7)]
     assert distances == sorted(distances, reverse=True) and distances[0] > 3 * distances[-1]
 
 
-def _distance(one: Image.Image, other: Image.Image) -> float:
-    levels = [torch.tensor(list(picture.tobytes()), dtype=torch.float32) for picture in (one, other)]
-    return (levels[0] - levels[1]).abs().mean().item()
-
-
 def test_a_saved_picture_makes_itself_again(bench):
-    prepared = bench.runner.prepare(read_workflow(WORKFLOWS / "subgraph.json"))
-    first = bench.runner.execute(prepared).pictures
+    first = bench.run("subgraph").pictures
     names = ["Day.filename_prefix=day-again", "Night.filename_prefix=night-again"]
     again = bench.runner.execute(bench.runner.prepare(read_workflow(first[0]), names)).pictures
     assert [_bytes(path) for path in first] == [_bytes(path) for path in again]

@@ -1,4 +1,7 @@
-"""Makes workflows/api/ and the thumbnails anew: python -m fluxcanvas.web.host.thumbnails [NAME ...]"""
+"""Makes workflows/api/ and the thumbnails anew: python -m fluxcanvas.web.host.thumbnails [NAME ...]
+
+A thumbnail is what the demo model draws. Workflows of published models keep theirs, which are drawings of what they do.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from ...nodes.load import DEMO
 from .examples import WORKFLOWS, provide_inputs
 from .folders import Folders
-from .run import Runner
+from .run import Prepared, Runner
 from .workflow_file import read_workflow
 
 SIDE = 256  # of each picture in a thumbnail, in pixels
@@ -29,13 +34,22 @@ def thumbnail(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def needs_download(prompt: dict[str, Any]) -> bool:
+    """Whether a workflow loads a published model."""
+    return any(node["inputs"].get("source", DEMO) != DEMO for node in prompt.values())
+
+
 def make(path: Path, runner: Runner) -> None:
-    """Write the API format and the thumbnail of one workflow."""
+    """Write the API format of one workflow, and its thumbnail if the demo model draws it."""
     prepared = runner.prepare(read_workflow(path))
     text = json.dumps(prepared.prompt, indent=2, ensure_ascii=False)
     (path.parent / "api" / path.name).write_text(text + "\n", encoding="utf-8")
-    pictures = [Image.open(picture) for picture in runner.execute(prepared).pictures]
-    thumbnail(pictures).save(path.with_suffix(".jpg"), quality=88)
+    if not needs_download(prepared.prompt):
+        _draw(prepared, runner).save(path.with_suffix(".jpg"), quality=88)
+
+
+def _draw(prepared: Prepared, runner: Runner) -> Image.Image:
+    return thumbnail([Image.open(picture) for picture in runner.execute(prepared).pictures])
 
 
 def main(names: Sequence[str]) -> None:

@@ -1,5 +1,5 @@
-// The canvas extension: colours that tell roles, what a node last said kept on it, a menu entry that opens the starter,
-// and a badge in About. It adds nothing that is saved and reorders nothing, so workflows read the same without it.
+// The canvas extension: colours that tell roles, what a node last said kept on it, errors in their own words, a menu entry
+// that opens the starter, and a badge in About. It adds nothing that is saved and reorders nothing, so workflows read the same without it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -49,6 +49,48 @@ function keepNotes() {
   said.clear();
 }
 
+// The canvas's own toast says that a node failed or refused an input; these say why and what to do, until the next run.
+let toasts = [];
+
+function tell(type, detail) {
+  const summary = LiteGraph.registered_node_types[type]?.title ?? type;
+  const { toast } = app.extensionManager;
+  if (toast.error) toasts.push(toast.error(summary, { description: detail, duration: 30000 }));
+  else toast.add({ severity: "error", summary, detail, life: 30000 }); // ComfyUI with an older canvas
+}
+
+function tellError({ node_id: id, node_type: type, exception_type: error, exception_message: message }) {
+  if (!type.startsWith(PREFIX) && !error.endsWith(".FluxError")) return;
+  said.delete(String(id)); // what it was about to do
+  tell(type, message);
+}
+
+// What our nodes refuse, once each: ComfyUI repeats a refusal for every input that was judged, as "input - refusal".
+function tellRefusals(nodes) {
+  for (const { class_type: type, errors } of Object.values(nodes ?? {})) {
+    const refusals = errors.filter((error) => error.type === "custom_validation_failed");
+    const words = new Set(refusals.map(({ details }) => details.split(" - ").slice(1).join(" - ")));
+    for (const detail of words) if (detail && type.startsWith(PREFIX)) tell(type, detail);
+  }
+}
+
+// Refusals come as the answer to the request alone, so the request is where they can be seen.
+function watchRequests() {
+  const queuePrompt = api.queuePrompt;
+  api.queuePrompt = async function (...request) {
+    for (const toast of toasts) app.extensionManager.toast.dismiss(toast);
+    toasts = [];
+    try {
+      const answer = await queuePrompt.apply(this, request);
+      tellRefusals(answer.node_errors);
+      return answer;
+    } catch (error) {
+      tellRefusals(error.response?.node_errors);
+      throw error;
+    }
+  };
+}
+
 async function openStarter() {
   const response = await api.fetchApi(`/workflow_templates/${PACK}/${STARTER}.json`);
   if (!response.ok) {
@@ -70,7 +112,9 @@ app.registerExtension({
   ],
   setup() {
     api.addEventListener("progress_text", ({ detail }) => said.set(String(detail.nodeId), detail.text));
+    api.addEventListener("execution_error", ({ detail }) => tellError(detail));
     for (const end of ENDS) api.addEventListener(end, keepNotes);
+    watchRequests();
   },
   nodeCreated(node) {
     if (!isOurs(node)) return;

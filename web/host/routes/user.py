@@ -12,8 +12,12 @@ from ..serving import file_reply
 from ..userdata import Conflict, Missing
 
 _STYLE = "user.css"
-# Files that the page asks for at every start: absent they are empty, not an error in the browser's console.
-_EMPTY = {_STYLE: ("text/css", ""), "comfy.templates.json": ("application/json", "[]")}
+# Files that the page asks for by itself: absent they are empty, not an error in the browser's console.
+_EMPTY = {
+    _STYLE: ("text/css", ""),
+    "comfy.templates.json": ("application/json", "[]"),
+    "workflows/.index.json": ("application/json", "{}"),  # the bookmarked workflows
+}
 
 
 async def get_users(request: web.Request) -> web.Response:

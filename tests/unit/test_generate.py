@@ -1,0 +1,104 @@
+"""Drawing with the demo model through `sample`: ranges, masks, seeds, and what a watcher sees."""
+
+import pytest
+import torch
+
+from fluxcanvas.flux_runtime import Conditioning, FluxError, Prompt, make_noise, preview_image, sample, to_tensor
+
+SHAPE = (1, 16, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def prompt(demo):
+    return Conditioning((demo.text.encode("a red house under a yellow moon"),))
+
+
+def draw(demo, prompt, **options):
+    options = {"latents": torch.zeros(SHAPE), "noise": make_noise(SHAPE, 1), "steps": 4, **options}
+    return sample(demo.model, prompt, **options)
+
+
+def test_a_run_in_two_parts_is_the_whole_run(demo, prompt):
+    whole = draw(demo, prompt)
+    begun = draw(demo, prompt, end=0.5)
+    finished = draw(demo, prompt, latents=begun, noise=None, start=0.5)
+    assert torch.allclose(finished, whole, atol=1e-4)
+    assert not torch.allclose(begun, whole, atol=0.1)
+
+
+def test_a_mask_keeps_the_rest_of_the_source(demo, prompt):
+    source = make_noise(SHAPE, 7)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 64:] = 1
+    drawn = draw(demo, prompt, latents=source, noise_mask=mask)
+    assert torch.allclose(drawn[..., :8], source[..., :8], atol=1e-5)
+    assert not torch.allclose(drawn[..., 8:], source[..., 8:], atol=0.1)
+
+
+def test_a_later_start_keeps_more_of_the_source(demo, prompt):
+    source = demo.model.latent.to_raw(make_noise(SHAPE, 7) * 0.1)
+    far = [(draw(demo, prompt, latents=source, start=start, steps=8) - source).norm() for start in (0.25, 0.5, 0.75)]
+    assert far[0] > far[1] > far[2]
+
+
+def test_nothing_given_is_changed(demo, prompt):
+    latents, noise = torch.zeros(SHAPE), make_noise(SHAPE, 1)
+    before = latents.clone(), noise.clone(), prompt.prompts[0].tokens.clone()
+    draw(demo, prompt, latents=latents, noise=noise)
+    assert all(torch.equal(a, b) for a, b in zip(before, (latents, noise, prompt.prompts[0].tokens), strict=True))
+
+
+def test_one_seed_draws_a_batch_and_a_list_each_picture():
+    assert torch.equal(make_noise((2, 16, 4, 4), [3, 5])[1:], make_noise((1, 16, 4, 4), 5))
+    assert not torch.equal(make_noise((2, 16, 4, 4), 3)[0], make_noise((2, 16, 4, 4), 3)[1])
+    with pytest.raises(FluxError, match="3 seeds cannot draw 2"):
+        make_noise((2, 16, 4, 4), [1, 2, 3])
+
+
+def test_a_watcher_sees_latents_that_become_the_picture(demo, prompt):
+    seen = []
+    final = draw(demo, prompt, watch=lambda step, x, clean: seen.append((step, clean)))
+    assert [step.index for step, _ in seen] == [0, 1, 2, 3]
+    assert seen[-1][1].shape == SHAPE
+    assert torch.allclose(demo.model.latent.to_raw(seen[-1][1]), final, atol=1e-4)
+    preview = preview_image(demo.vae, seen[-1][1])
+    assert preview.size == (256, 256)
+    picture, look = demo.vae.decode(final).mean((0, 1, 2)), to_tensor(preview).mean((0, 1, 2))
+    assert (picture - look).abs().max() < 0.15, "the preview has the picture's colours"
+
+
+def test_a_batch_shares_one_prompt_or_divides_several(demo, prompt):
+    latents, noise = torch.zeros(2, *SHAPE[1:]), make_noise((2, *SHAPE[1:]), [1, 2])
+    both = draw(demo, prompt, latents=latents, noise=noise)
+    alone = draw(demo, prompt, noise=make_noise(SHAPE, [2]))
+    assert torch.allclose(both[1:], alone, atol=1e-4)
+    three = Conditioning((demo.text.encode(["a", "b", "c"]),))
+    with pytest.raises(FluxError, match="3 prompts cannot be shared out among 2"):
+        draw(demo, three, latents=latents, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(1, 4, 16, 16)}, "latents of shape"),
+        ({"latents": torch.zeros(1, 16, 15, 16), "noise": torch.zeros(1, 16, 15, 16)}, "15x16 cannot be packed"),
+        ({"start": 0.9, "end": 0.2}, "denoise range"),
+        ({"steps": 0}, "at least 1"),
+        ({"noise": None, "noise_mask": torch.ones(1, 1, 8, 8)}, "needs fresh noise"),
+    ],
+    ids=["channels", "odd", "range", "steps", "mask without noise"],
+)
+def test_what_cannot_be_drawn_says_why(demo, prompt, change, message):
+    with pytest.raises(FluxError, match=message):
+        draw(demo, prompt, **change)
+
+
+def test_text_of_another_model_says_so(demo):
+    other = Conditioning((Prompt(torch.zeros(1, 4, 4096), torch.zeros(1, 768)),))
+    with pytest.raises(FluxError, match="text encoders that belong to the model"):
+        draw(demo, other)
+
+
+def test_an_empty_conditioning_says_so(demo):
+    with pytest.raises(FluxError, match="holds no prompt"):
+        draw(demo, Conditioning(()))

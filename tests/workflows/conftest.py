@@ -1,0 +1,276 @@
+"""A runner with stand-ins for the published models: small ones of the demo's family, in the published layouts.
+
+Their new weights are random and small, so that a picture still shows its prompt and changes with its conditions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fluxcanvas.flux_runtime.integrity import IntegrityChecker
+from fluxcanvas.flux_runtime.model.adapters import IPAdapterNet, IPAdapterParams, ReduxEncoder
+from fluxcanvas.flux_runtime.variants import CONTROL_CHANNELS, FILL_CHANNELS
+from fluxcanvas.flux_runtime.weights.sources import DEMO
+from fluxcanvas.web.host.examples import WORKFLOWS, provide_inputs
+from fluxcanvas.web.host.folders import Folders
+from fluxcanvas.web.host.node_info import object_info
+from fluxcanvas.web.host.run import Runner, RunResult
+from fluxcanvas.web.host.workflow_file import read_workflow, recognise
+
+SIDE = 128  # of every picture here, in pixels
+STEPS = 8
+MODELS = {
+    "black-forest-labs/FLUX.1-dev": 64,
+    "black-forest-labs/FLUX.1-Kontext-dev": 64,
+    "black-forest-labs/FLUX.1-Fill-dev": FILL_CHANNELS,
+    "black-forest-labs/FLUX.1-Canny-dev": CONTROL_CHANNELS,
+    "black-forest-labs/FLUX.1-Depth-dev": CONTROL_CHANNELS,
+}
+SCHNELL = "black-forest-labs/FLUX.1-schnell"
+CONTROLNETS = {  # and how many modes a union net has
+    "InstantX/FLUX.1-dev-Controlnet-Canny": None,
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro": 10,
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0": None,
+}
+DEPTH = "LiheYoung/depth-anything-large-hf"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What a chosen model is called in the stand-ins' folders; those loaded as whole folders have their own names.
+RENAMED = {name: f"{name}/{WEIGHTS}" for name in CONTROLNETS} | {
+    "black-forest-labs/FLUX.1-Redux-dev": "redux.safetensors",
+    "XLabs-AI/flux-ip-adapter": "ip_adapter.safetensors",
+}
+# The settings that make a published workflow small, by node: size and steps of the demo, and its guidance.
+SMALL = {
+    "FluxCanvas_EmptyCanvas": {"width": SIDE, "height": SIDE},
+    "FluxCanvas_EncodeImage": {"width": SIDE, "height": SIDE},
+    "FluxCanvas_KontextCanvas": {"size": "exact", "width": SIDE, "height": SIDE},
+    "FluxCanvas_KontextCondition": {"size": "canvas"},
+    "FluxCanvas_PadForOutpaint": {"left": 32, "right": 32, "feather": 8},
+    "FluxCanvas_EncodePrompt": {"max_tokens": 0},
+    "FluxCanvas_Sample": {"steps": STEPS, "guidance": 3.5},
+}
+
+
+@dataclass
+class Bench:
+    """A runner and the definitions of its nodes."""
+
+    runner: Runner
+    definitions: dict
+    _drawn: dict = field(default_factory=dict)
+
+    def run(self, name: str, settings: Sequence[str] = ()) -> RunResult:
+        """Run a shipped workflow as it is, but for these settings and the stand-ins."""
+        source = read_workflow(WORKFLOWS / f"{name}.json")
+        prompt = self.runner.prepare(source).prompt
+        return self.runner.execute(self.runner.prepare(source, [*stand_in(prompt), *settings]))
+
+    def pictures(self, name: str, *settings: str) -> dict[str, list[Image.Image]]:
+        """What a workflow saves, by the prefix of the names; the same run is made once."""
+        key = name, *settings
+        if key not in self._drawn:
+            self._drawn[key] = saved_pictures(self.run(name, settings).pictures)
+        return self._drawn[key]
+
+    def rewired(self, name: str, swap: tuple[str, str]) -> Image.Image:
+        """What a workflow draws with two nodes of its chain of conditionings in each other's places."""
+        source = read_workflow(WORKFLOWS / f"{name}.json")
+        prompt = self.runner.prepare(source, stand_in(self.runner.prepare(source).prompt)).prompt
+        swap_in_chain(prompt, *(find_titled(prompt, title) for title in swap))
+        ((found,),) = saved_pictures(self.runner.execute(self.runner.prepare(recognise(prompt))).pictures).values()
+        return found
+
+    def picture(self, name: str, *settings: str) -> Image.Image:
+        """The one picture that a workflow saves."""
+        ((found,),) = self.pictures(name, *settings).values()
+        return found
+
+
+def stand_in(prompt: dict) -> list[str]:
+    """The settings that replace published models and make their workflows small; none for those of the demo."""
+    nodes = [(key, node["class_type"], node["inputs"]) for key, node in prompt.items()]
+    if not any(node == "FluxCanvas_LoadFlux" and inputs["source"] != "demo" for _, node, inputs in nodes):
+        return []
+    renamed = [f"{key}.source={RENAMED[i['source']]}" for key, _, i in nodes if i.get("source") in RENAMED]
+    renamed += [f"{key}.image={small(i['image'])}" for key, kind, i in nodes if kind.startswith("LoadImage")]
+    return renamed + [f"{key}.{name}={value}" for key, kind, _ in nodes for name, value in SMALL.get(kind, {}).items()]
+
+
+def small(name: str) -> str:
+    """The small copy of an input picture."""
+    return f"small-{name}"
+
+
+def find_titled(prompt: dict, title: str) -> str:
+    """The id of a node."""
+    return next(key for key, node in prompt.items() if node["_meta"]["title"] == title)
+
+
+def swap_in_chain(prompt: dict, one: str, other: str) -> None:
+    """Who read the one now reads the other, and each reads what the other read."""
+    place = {one: other, other: one}
+    chain = [
+        (n["inputs"], name) for n in prompt.values() for name in ("conditioning", "positive") if name in n["inputs"]
+    ]
+    for inputs, name in chain:
+        key, slot = inputs[name]
+        inputs[name] = [place.get(key, key), slot]
+    mine, theirs = prompt[one]["inputs"], prompt[other]["inputs"]
+    mine["conditioning"], theirs["conditioning"] = theirs["conditioning"], mine["conditioning"]
+
+
+def saved_pictures(paths: Sequence[Path]) -> dict[str, list[Image.Image]]:
+    """Previews, which have other names, are left out."""
+    found: dict[str, list[Image.Image]] = {}
+    for path in paths:
+        if path.name.startswith("fluxcanvas"):
+            with Image.open(path) as picture:
+                found.setdefault(path.name.partition("_")[0], []).append(picture.convert("RGB"))
+    return found
+
+
+class Lenient:
+    """In place of Pixtral, which no small model can stand in for: nothing speaks against any picture."""
+
+    def pass_on(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folders = Folders(tmp_path_factory.mktemp("base"))
+    build_stand_ins(folders.base / "models")
+    for path in provide_inputs(folders.input):
+        with Image.open(path) as picture:
+            picture.resize((SIDE, SIDE), Image.Resampling.BOX).save(path.with_name(small(path.name)))
+    runner = Runner(folders, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IntegrityChecker, "load", lambda *sources, **options: Lenient())
+        yield Bench(runner, object_info(runner.packs.nodes, runner.packs.display_names))
+    folders.close()
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- stand-ins
+def build_stand_ins(models: Path) -> None:
+    """All of them, below this folder of models."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, channels in MODELS.items():
+            build_model(models / "diffusers" / name, lambda tensors, config, c=channels: widen(tensors, config, c))
+        build_model(models / "diffusers" / SCHNELL, forget_guidance)
+        for name, modes in CONTROLNETS.items():
+            build_controlnet(models / "controlnet" / name, modes)
+        build_adapters(models)
+        build_depth(models / "depth" / DEPTH)
+
+
+Change = Callable[[dict, dict], None]
+
+
+def build_model(folder: Path, change: Change) -> None:
+    """The demo with a changed transformer: `change` edits its tensors and its config in place."""
+    folder.mkdir(parents=True)
+    for part in DEMO.iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    (folder / "transformer").mkdir()
+    tensors, config = load_file(DEMO / "transformer" / WEIGHTS), demo_config()
+    change(tensors, config)
+    save_file(tensors, folder / "transformer" / WEIGHTS)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+
+
+def demo_config() -> dict:
+    """Of the demo's transformer."""
+    return json.loads((DEMO / "transformer" / "config.json").read_text())
+
+
+def widen(tensors: dict, config: dict, channels: int) -> None:
+    """Room for more channels beside the canvas's, with a small say."""
+    weight = tensors["x_embedder.weight"]
+    added = 0.3 * weight.float().std() * torch.randn(len(weight), channels - weight.shape[1])
+    tensors["x_embedder.weight"] = torch.cat([weight, added.to(weight.dtype)], dim=1).contiguous()
+    config |= {"in_channels": channels, "out_channels": weight.shape[1]}
+
+
+def forget_guidance(tensors: dict, config: dict) -> None:
+    """schnell has no guidance embedding."""
+    for name in [name for name in tensors if "guidance_embedder" in name]:
+        del tensors[name]
+    config["guidance_embeds"] = False
+
+
+def build_controlnet(folder: Path, modes: int | None) -> None:
+    """As diffusers saves one; its last layers, which training starts at zero, are small."""
+    from diffusers import FluxControlNetModel
+
+    config = demo_config()
+    sizes = {name: value for name, value in config.items() if not name.startswith("_") and name != "out_channels"}
+    net = FluxControlNetModel(**sizes | {"num_layers": 1, "num_single_layers": 1}, num_mode=modes)
+    for name, parameter in net.named_parameters():
+        if name.startswith(("controlnet_blocks", "controlnet_single_blocks")):
+            torch.nn.init.normal_(parameter, std=0.006)
+        elif name.startswith("controlnet_x_embedder"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    net.save_pretrained(folder)
+
+
+def build_adapters(models: Path) -> None:
+    """An IP-Adapter of XLabs with a CLIP, and a Redux with a SigLIP, which are told apart by what they are."""
+    import transformers
+
+    config = demo_config()
+    width, context = config["num_attention_heads"] * config["attention_head_dim"], config["joint_attention_dim"]
+    adapter = IPAdapterNet(IPAdapterParams(4, config["num_layers"], 24, context, width))
+    save(adapter, models / "ipadapter" / "ip_adapter.safetensors")
+    save(ReduxEncoder(32, context, 2 * context), models / "style_models" / "redux.safetensors")
+    tiny = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 32}
+    clip = transformers.CLIPVisionConfig(**tiny, image_size=32, patch_size=8, projection_dim=24)
+    siglip = transformers.SiglipVisionConfig(**tiny, image_size=42, patch_size=14)
+    transformers.CLIPVisionModelWithProjection(clip).save_pretrained(models / "clip_vision" / "clip")
+    transformers.SiglipVisionModel(siglip).save_pretrained(models / "clip_vision" / "siglip")
+
+
+def save(module: torch.nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(module.state_dict(), path)
+
+
+def build_depth(folder: Path) -> None:
+    """A Depth Anything as transformers saves it."""
+    import transformers
+
+    backbone = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
+        out_features=["stage1", "stage2"], reshape_hidden_states=False, apply_layernorm=True,
+    )  # fmt: skip
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, fusion_hidden_size=8, head_hidden_size=8,
+        neck_hidden_sizes=[8, 16], reassemble_factors=[2, 1],
+    )  # fmt: skip
+    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    kind = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
+    kind(size={"height": 56, "width": 56}, ensure_multiple_of=14).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def levels():
+    """`levels(picture)`: its 8-bit levels, (H, W, 3)."""
+    return lambda picture: torch.tensor(list(picture.tobytes()), dtype=torch.float32).reshape(*picture.size[::-1], -1)
+
+
+@pytest.fixture(scope="session")
+def distance(levels):
+    """`distance(one, other)`: the mean difference of two pictures, in 8-bit levels."""
+    return lambda one, other: (levels(one) - levels(other)).abs().mean().item()
