@@ -15,7 +15,7 @@ from ..flux_runtime.weights.files import open_tensors
 from ..flux_runtime.weights.keys import TRANSFORMER, VAE, KeyMap
 from .train_text import Text
 
-DEFAULT_TOKENS = 48
+DEFAULT_TOKENS = 64
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -1,6 +1,6 @@
 """Trains the judge's eye on rendered scenes only; it never sees a generated picture.
 
-    python -m fluxcanvas.demo.train_judge --steps 2400 --out judge.safetensors
+    python -m fluxcanvas.demo.train_judge --steps 3000 --out judge.safetensors
 
 So that "there" means a well-formed thing, some things are badly deformed in training and must be called absent, others
 a little and must still be seen; some scenes hold a thing twice, and it must be called doubled.
@@ -56,7 +56,7 @@ def train(steps: int, seed: int = 3, out: Path = EYE) -> Eye:
         if (step + 1) % 200 == 0 or step + 1 == steps:
             print(f"judge: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
             save_eye(eye, out)
-    return teach_counting(eye, rng, noise, max(1, steps // 10), out)
+    return teach_counting(eye, rng, noise, max(1, steps // 6), out)
 
 
 def teach_counting(eye: Eye, rng: random.Random, noise: torch.Generator, steps: int, out: Path) -> Eye:
@@ -174,7 +174,7 @@ def loss_of(answers: Answers, truth: Truth) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400, help="batches of 32 scenes")
+    parser.add_argument("--steps", type=int, default=3000, help="batches of 32 scenes")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=EYE)

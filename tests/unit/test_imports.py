@@ -20,7 +20,12 @@ LONGEST_FILE = 400
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "huggingface_hub", "transformers"}
 LATE = {"huggingface_hub", "transformers"}  # imported inside functions: they take seconds
 COMFYUI = {"comfy", "comfy_execution", "execution", "folder_paths", "server"}
-PROVIDES = {"PIL": "pillow", "yaml": "pyyaml", "comfyui_frontend_package": "comfyui-frontend-package"}
+PROVIDES = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "yaml": "pyyaml",
+    "comfyui_frontend_package": "comfyui-frontend-package",
+}
 
 
 @dataclass(frozen=True)
