@@ -43,7 +43,16 @@ SHOWS = {
 # The width and height of what is not 128x128.
 SIZES = {"outpaint": (192, 128), "soft-inpaint": (256, 256)}
 # What tells in a line of text on itself what it did.
-TELLING = ("LoadFlux", "LoadControlNet", "LoadAdapter", "Sample", "DepthMap", "CropForInpaint", "KontextCanvas")
+TELLING = (
+    "LoadFlux",
+    "LoadControlNet",
+    "LoadAdapter",
+    "Sample",
+    "DepthMap",
+    "CropForInpaint",
+    "KontextCanvas",
+    "EncodeImage",
+)
 LINE = 60  # pixels that such a line makes a node longer
 TITLE = 30
 
