@@ -41,11 +41,11 @@ class IPAdapter:
                 f"the IP-Adapter {self.name} was made for {params.blocks} double blocks of width {params.hidden_size}, "
                 f"and the model has {model.params.depth} of {model.params.hidden_size}"
             )
-        dtype = self.model.ip_adapter_proj_model.proj.weight.dtype
-        tokens = self.model.ip_adapter_proj_model(embeds.to(model.device, dtype))
+        projection = self.model.ip_adapter_proj_model
+        tokens = projection(embeds.to(projection.proj.weight))
         heads = model.params.num_heads
         pairs = [block.processor(canvas.for_batch(tokens), heads) for block in self.model.double_blocks]
-        keys_values = [(k.to(model.dtype), v.to(model.dtype)) for k, v in pairs]
+        keys_values = [(k.to(model.device, model.dtype), v.to(model.device, model.dtype)) for k, v in pairs]
         return ImageAttention(tuple(keys_values), tuple(scales))
 
 

@@ -45,7 +45,7 @@ class Canvas:
     sigmas: Tensor
     prompts: tuple[Prompt, ...]
     guidance: float
-    negative: bool = False
+    negative: bool = False  # whether conditions of the positive prompt are bound for the negative pass
 
     @property
     def width(self) -> int:
@@ -90,10 +90,10 @@ class Canvas:
 
     def modulation(self, trunk: Trunk) -> Modulation:
         """The modulation of a network for all noise levels of the run at once."""
-        dtype = trunk.img_in.weight.dtype
-        levels = self.sigmas[:-1].to(self.model.device)[:, None]
-        guidance = torch.tensor(self.guidance, device=self.model.device)
-        return trunk.modulate(trunk.embed(levels, guidance, self.pooled[None].to(dtype)))
+        pooled = self.pooled[None].to(trunk.img_in.weight)
+        levels = self.sigmas[:-1].to(pooled.device)[:, None]
+        guidance = torch.tensor(self.guidance, device=pooled.device)
+        return trunk.modulate(trunk.embed(levels, guidance, pooled))
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,13 @@ def bind(canvas: Canvas, conditions: Sequence[Condition], positive: Bound | None
 
 
 def _conditioner(condition: Condition, canvas: Canvas, positive: Bound | None) -> Conditioner:
-    if positive is not None and condition.serves_negative:
-        for known, conditioner in positive.conditioners:
-            if known is condition:
-                return conditioner
-    return condition.bind(canvas)
+    """In the negative branch, what the positive one lends it knows where it is; the negative's own acts as it is."""
+    if positive is None:
+        return condition.bind(canvas)
+    lent = next((conditioner for known, conditioner in positive.conditioners if known is condition), None)
+    if lent is None:
+        return condition.bind(replace(canvas, negative=False))
+    return lent if condition.serves_negative else condition.bind(canvas)
 
 
 def negative_conditions(positive: Conditioning, negative: Conditioning) -> tuple[Condition, ...]:

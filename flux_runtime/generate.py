@@ -105,9 +105,18 @@ def _guide(
     canvas = Canvas(model, shape, sigmas, positive.for_canvas(*where), _guidance(model, positive, guidance))
     branch = bind(canvas, positive.conditions)
     if negative is None or true_cfg_scale <= 1:
+        _tell_one_pass(negative is not None, true_cfg_scale)
         return Plain(branch)
     other = replace(canvas, prompts=negative.for_canvas(*where), negative=True)
     return Cfg(branch, bind(other, negative_conditions(positive, negative), branch), true_cfg_scale)
+
+
+def _tell_one_pass(has_negative: bool, true_cfg_scale: float) -> None:
+    """True CFG takes a negative prompt and a scale above 1; one without the other does nothing."""
+    if has_negative:
+        log.warning("the negative prompt has no effect at a true_cfg_scale of %g: it must be above 1", true_cfg_scale)
+    elif true_cfg_scale > 1:
+        log.warning("the true_cfg_scale of %g has no effect without a negative prompt", true_cfg_scale)
 
 
 def _guidance(model: FluxModel, conditioning: Conditioning, override: float | None) -> float:

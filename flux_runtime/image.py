@@ -63,15 +63,34 @@ def drawable(width: int, height: int, multiple: int) -> tuple[int, int]:
 def as_images(images: ImageLike, width: int | None = None, height: int | None = None) -> Tensor:
     """Pictures of any kind -> (B, H, W, 3) float32 in 0..1, at a size if one is given.
 
-    PIL pictures are resized with Lanczos as the oracle does; arrays and tensors, (B, H, W, 3) or (B, 3, H, W) in 0..1,
-    with antialiased bicubic.
+    PIL pictures are resized with Lanczos as the oracle does; arrays and tensors, (B, H, W, 3) or (B, 3, H, W) in 0..1
+    or of 8 bits, with antialiased bicubic.
     """
     if isinstance(images, (np.ndarray, Tensor)):
-        return _fitted(_channels_last(torch.as_tensor(images)), width, height)
+        return _fitted(_channels_last(unit_range(images)), width, height)
     batch = [images] if isinstance(images, Image.Image) else list(images)
-    upright = [to_pil(to_tensor(picture))[0] for picture in batch]
-    size = width or upright[0].width, height or upright[0].height
-    return to_tensor([picture.resize(size, Image.Resampling.LANCZOS) for picture in upright])
+    plain = [to_pil(to_tensor(picture))[0] for picture in batch]
+    size = width or plain[0].width, height or plain[0].height
+    return to_tensor([picture.resize(size, Image.Resampling.LANCZOS) for picture in plain])
+
+
+def by_size(images: ImageLike) -> list[Tensor]:
+    """Pictures at their own sizes: a batch (B, H, W, 3) for each item of a list."""
+    if not isinstance(images, (list, tuple)):
+        return [as_images(images)]
+    return [as_images(picture) for picture in images]
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; more than 8 bits become 8, which PIL's own conversions would clip."""
+    turned = ImageOps.exif_transpose(picture)
+    return turned if deep_levels(turned) is None else to_pil(rgb(turned)[None])[0]
+
+
+def unit_range(levels: np.ndarray | Tensor) -> Tensor:
+    """float32 on the CPU; 8-bit levels are brought to 0..1."""
+    levels = torch.as_tensor(levels).cpu()
+    return levels.float() / 255 if levels.dtype == torch.uint8 else levels.float()
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -80,7 +99,7 @@ def _channels_last(images: Tensor) -> Tensor:
         images = images.permute(0, 2, 3, 1)
     if images.ndim != 4 or images.shape[-1] not in (3, 4):
         raise FluxError(f"a picture of shape {tuple(images.shape)} is none; give (batch, height, width, 3) in 0 to 1")
-    return images[..., :3].float()
+    return images[..., :3]
 
 
 def _fitted(images: Tensor, width: int | None, height: int | None) -> Tensor:

@@ -19,9 +19,10 @@ from .conditions import Condition, ImagePromptCondition
 from .errors import FluxError
 from .flux import Flux
 from .generate import Watcher, sample
-from .image import ImageLike, as_images, drawable, to_pil
+from .image import ImageLike, by_size, drawable, to_pil
 from .layout import pack, unpack
 from .sampling import Solver
+from .vae import Vae
 
 log = logging.getLogger("fluxcanvas")
 
@@ -93,24 +94,28 @@ class Job:
 
     def encode(self, images: Tensor, *, sampled: bool = True) -> Tensor:
         """(b, H, W, 3) -> raw latents, a sample of their distribution or its mean, repeated in turn for the batch."""
-        vae = vae_of(self.flux)
+        vae, times = vae_of(self.flux), self._times(len(images))
         if not sampled:
             raw = vae.encode(images)
         elif len(self.generators) == 1:
             raw = vae.encode(images, self.generators[0])
         else:
             raw = vae.encode(images, list(self.generators[: len(images)]))
-        return self._for_batch(raw)
+        return raw.repeat(times, 1, 1, 1)
 
     def encode_batch(self, images: Tensor) -> Tensor:
         """The same, but for control images: repeated for the batch first, so that each picture draws its own sample."""
+        return vae_of(self.flux).encode(self.for_each(images), self.generator)
+
+    def for_each(self, images: Tensor) -> Tensor:
+        """One control image for all pictures, or one for each prompt, as one for each picture."""
         repeats = self.batch if len(images) == 1 else self.options.get("images_per_prompt", 1)
         every = images.repeat_interleave(repeats, dim=0)
         if len(every) != self.batch:
             raise FluxError(
                 f"{len(images)} control images do not fit {self.batch} pictures; give 1, or one for each prompt"
             )
-        return vae_of(self.flux).encode(every, self.generator)
+        return every
 
     def skip(self, count: int) -> None:
         """Draw and throw away `count` pictures' noise where the oracle encodes something that it never uses."""
@@ -163,12 +168,13 @@ class Job:
         steps = self.options.get("steps")
         return self.flux.model.variant.steps if steps is None else steps
 
-    def _for_batch(self, raw: Tensor) -> Tensor:
-        if self.batch % len(raw):
+    def _times(self, count: int) -> int:
+        """How often so many pictures are repeated for the batch."""
+        if self.batch % count:
             raise FluxError(
-                f"{len(raw)} pictures cannot be shared out among {self.batch}; give 1 or a divisor of {self.batch}"
+                f"{count} pictures cannot be shared out among {self.batch}; give 1 or a divisor of {self.batch}"
             )
-        return raw.repeat(self.batch // len(raw), 1, 1, 1)
+        return self.batch // count
 
 
 def begin(flux: Flux, prompt: Texts | Conditioning, options: Common, size: tuple[int, int] | None = None) -> Job:
@@ -178,9 +184,15 @@ def begin(flux: Flux, prompt: Texts | Conditioning, options: Common, size: tuple
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(Common.__annotations__)}")
     width, height = size or _size(flux, options)
     positive, negative = _conditionings(flux, prompt, options)
-    batch = max(len(p.tokens) for p in positive.prompts) * options.get("images_per_prompt", 1)
+    batch = _batch(positive, options.get("images_per_prompt", 1))
     extra = (*options.get("conditions", ()), *_image_prompts(flux, options, width, height, negative is not None))
     return Job(flux, options, positive.plus(*extra), negative, batch, width, height, _generators(options, batch))
+
+
+def _batch(positive: Conditioning, images_per_prompt: int) -> int:
+    if images_per_prompt < 1:
+        raise FluxError(f"{images_per_prompt} images per prompt draw nothing; use 1 or more")
+    return max(len(prompt.tokens) for prompt in positive.prompts) * images_per_prompt
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -193,7 +205,7 @@ def first_step(steps: int, strength: float) -> int:
     return first
 
 
-def vae_of(flux: Flux):
+def vae_of(flux: Flux) -> Vae:
     if flux.vae is None:
         raise FluxError('this checkpoint has no VAE; load one with load_parts(vae=...), or use output="latent"')
     return flux.vae
@@ -241,23 +253,29 @@ def _image_prompts(
     """One condition for each adapter; without a negative image the negative pass sees a black one."""
     adapters = _listed(options.get("adapter"))
     images = _listed(options.get("adapter_image"), len(adapters))
-    if len(images) != len(adapters):
-        raise FluxError(f"{len(images)} adapter images were given for {len(adapters)} adapters; give one for each")
     black = Image.new("RGB", (width, height))
     negatives = _listed(options.get("negative_adapter_image"), len(adapters)) or [black] * len(adapters)
     scales = options.get("adapter_scale", 1.0)
     scales = list(scales) if isinstance(scales, Sequence) and len(adapters) > 1 else [scales] * len(adapters)
+    for what, given in (("images", images), ("negative images", negatives), ("scales", scales)):
+        if len(given) != len(adapters):
+            raise FluxError(f"{len(given)} adapter {what} were given for {len(adapters)} adapters; give one for each")
     span = options.get("adapter_start", 0.0), options.get("adapter_end", 1.0)
     return tuple(
         ImagePromptCondition(
             adapter,
-            adapter.embed(as_images(image)),
-            adapter.embed(as_images(other)) if negative else None,
+            _embedded(adapter, image),
+            _embedded(adapter, other) if negative else None,
             tuple(scale) if isinstance(scale, Sequence) else scale,
             *span,
         )
         for adapter, image, other, scale in zip(adapters, images, negatives, scales, strict=True)
     )
+
+
+def _embedded(adapter: IPAdapter, images: ImageLike) -> Tensor:
+    """(1, n, D): all pictures together are one prompt, whatever their sizes."""
+    return torch.cat([adapter.embed(alike) for alike in by_size(images)], dim=1)
 
 
 def _listed(value: object, count: int | None = None) -> list:
@@ -280,7 +298,7 @@ def _generators(options: Common, batch: int) -> tuple[torch.Generator, ...]:
 
 
 def _random_seed() -> int:
-    seed = torch.seed() % 2**32
+    seed = torch.Generator().seed() % 2**32
     log.info("drawing with the random seed %d", seed)
     return seed
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import FluxError
-from .image import ImageLike, deep_levels
+from .image import ImageLike, deep_levels, unit_range, upright
 
 log = logging.getLogger("fluxcanvas")
 
@@ -63,12 +63,10 @@ def _scaled(plane: Image.Image) -> np.ndarray:
 def binary_mask(masks: ImageLike, width: int, height: int) -> Tensor:
     """Masks of any kind -> (B, height, width), 1 where white (0.5 and above), else 0."""
     if isinstance(masks, (np.ndarray, Tensor)):
-        mask = torch.as_tensor(masks).float()
-        mask = mask.reshape(-1, 1, *mask.shape[-2:])
-        mask = F.interpolate(mask, size=(height, width))[:, 0]
+        mask = F.interpolate(as_mask(unit_range(masks))[:, None], size=(height, width))[:, 0]
     else:
         batch = [masks] if isinstance(masks, Image.Image) else list(masks)
-        grey = [np.asarray(m.convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
+        grey = [np.asarray(upright(m).convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
         mask = torch.from_numpy(np.stack(grey)).float() / 255
     return (mask >= 0.5).float()
 

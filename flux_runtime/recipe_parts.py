@@ -13,7 +13,7 @@ from .conditioning import Conditioning
 from .conditions import ControlImage, Negative, Reference, SideNetCondition
 from .errors import FluxError
 from .flux import Flux
-from .image import ImageLike, as_images
+from .image import ImageLike, as_images, upright
 from .job import Common, Job, Pictures, Texts, begin
 from .mask_crop import crop_to_mask, paste_back
 from .masks import binary_mask
@@ -24,6 +24,8 @@ from .sizes import kontext_size, preferred_size
 log = logging.getLogger("fluxcanvas")
 
 SizeMode = Literal["exact", "source", "preferred", "area"]
+ReferenceSize = Literal["preferred", "source"]
+ReferenceMethod = Literal["index", "offset"]
 
 
 class Nets(Common, total=False):
@@ -68,7 +70,7 @@ def masked_inputs(
         or job.options.get("output", "pil") != "pil"
     ):
         raise FluxError('padding_mask_crop works on one PIL picture and mask, and draws with output="pil"')
-    crop = crop_to_mask(image, mask, job.width, job.height, padding)
+    crop = crop_to_mask(upright(image), upright(mask), job.width, job.height, padding)
 
     def finish(drawn: Pictures) -> Pictures:
         return [paste_back(crop, picture) for picture in drawn]
@@ -103,7 +105,7 @@ def side_nets(job: Job, nets: ControlNet | Sequence[ControlNet], images: Any, op
         raise FluxError(f"{len(pictures)} control images were given for {len(every)} ControlNets; give one for each")
     names = ("controlnet_scale", "controlnet_start", "controlnet_end", "control_mode")
     defaults = (1.0, 0.0, 1.0, None)
-    columns = [_column(options.get(n, d), len(every), n) for n, d in zip(names, defaults, strict=True)]
+    columns = [_column(options.get(n, d), len(every), n, "ControlNets") for n, d in zip(names, defaults, strict=True)]
     curve, negative = tuple(options.get("controlnet_curve", ())), options.get("controlnet_negative", "reuse")
     return [
         SideNetCondition(net, _hint(job, net, picture), scale, start, end, curve, mode, negative)
@@ -111,11 +113,12 @@ def side_nets(job: Job, nets: ControlNet | Sequence[ControlNet], images: Any, op
     ]
 
 
-def _column(value: Any, count: int, name: str) -> list:
+def _column(value: Any, count: int, name: str, what: str) -> list:
+    """A value for each of so many things."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
-        raise FluxError(f"{name} has {len(value)} values for {count} ControlNets; give one, or one for each")
+        raise FluxError(f"{name} has {len(value)} values for {count} {what}; give one, or one for each")
     return list(value)
 
 
@@ -123,7 +126,7 @@ def _hint(job: Job, net: ControlNet, picture: ImageLike) -> Encoded:
     pixels = as_images(picture, job.width, job.height)
     if net.model.reads_latents:
         return Encoded(job.encode_batch(pixels))
-    return Encoded(image=pixels)
+    return Encoded(image=job.for_each(pixels))
 
 
 def kontext_canvas(
@@ -138,16 +141,28 @@ def kontext_canvas(
     return chosen.width, chosen.height
 
 
-def reference_condition(
-    job: Job, picture: ImageLike, size: Literal["preferred", "source"] | tuple[int, int], index: int = 1
-) -> Reference:
-    """A picture for Kontext to look at, encoded at the preferred size nearest to its shape, its own, or a given one."""
-    width, height = _reference_size(picture, size, job.flux.model.latent.multiple)
-    raw = job.encode(as_images(picture, width, height), sampled=False)
-    return Reference(Encoded(raw), width, height, index)
+def references(
+    job: Job,
+    pictures: Sequence[ImageLike],
+    size: ReferenceSize | tuple[int, int],
+    strength: float | Sequence[float],
+    method: ReferenceMethod,
+) -> list[Reference]:
+    """Pictures for Kontext to look at, encoded at the preferred size nearest to their shape, their own, or a given one.
+
+    They are told apart by the index of their positions, or by an offset of it.
+    """
+    strengths = _column(strength, len(pictures), "reference_strength", "pictures")
+    made = []
+    for number, (picture, weight) in enumerate(zip(pictures, strengths, strict=True), 1):
+        width, height = _reference_size(picture, size, job.flux.model.latent.multiple)
+        raw = job.encode(as_images(picture, width, height), sampled=False)
+        place = {"index": number} if method == "index" else {"method": method}
+        made.append(Reference(Encoded(raw), width, height, strength=weight, **place))
+    return made
 
 
-def _reference_size(picture: ImageLike, size: Any, multiple: int) -> tuple[int, int]:
+def _reference_size(picture: ImageLike, size: ReferenceSize | tuple[int, int], multiple: int) -> tuple[int, int]:
     if isinstance(size, tuple):
         return size
     own = _size_of(picture, multiple)

@@ -8,26 +8,27 @@ all share are those of `job.Common`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .adapters import Redux
 from .conditioning import Conditioning, Prompt
 from .conditions import FillImage
 from .flux import Flux
-from .image import ImageLike, as_images
+from .image import ImageLike, by_size
 from .job import Common, Pictures, Texts, begin
 from .pictures import Encoded, grey_out
 from .recipe_parts import (
     Nets,
+    ReferenceMethod,
+    ReferenceSize,
     SizeMode,
     begin_nets,
     control_condition,
     encoded_source,
-    fitted_mask,
     kontext_canvas,
     listed,
     masked_inputs,
-    reference_condition,
+    references,
     side_nets,
 )
 from .redux import Combine, redux_prompts
@@ -75,16 +76,26 @@ def inpaint(
 
 
 def fill(
-    flux: Flux, prompt: Words, *, image: ImageLike, mask: ImageLike, strength: float = 1.0, **common: Unpack[Common]
+    flux: Flux,
+    prompt: Words,
+    *,
+    image: ImageLike,
+    mask: ImageLike,
+    strength: float = 1.0,
+    padding_mask_crop: int | None = None,
+    **common: Unpack[Common],
 ) -> Pictures:
-    """Fill the white part of the mask with the fill model (384 channels): inside a picture, or around one."""
+    """Fill the white part of the mask with the fill model (384 channels): inside a picture, or around one.
+
+    `padding_mask_crop` is that of `inpaint`.
+    """
     job = begin(flux, prompt, common)
-    pixels, flags = as_images(image, job.width, job.height), fitted_mask(job, mask)
+    pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
     source = job.encode(pixels)
     noise = job.noise()
     masked = job.encode(grey_out(pixels, flags))
     condition = FillImage(Encoded(masked), lambda width, height: flags)
-    return job.draw(noise, (condition,), source=source, strength=strength)
+    return finish(job.draw(noise, (condition,), source=source, strength=strength))
 
 
 def control(flux: Flux, prompt: Words, *, control_image: ImageLike, **common: Unpack[Common]) -> Pictures:
@@ -187,19 +198,23 @@ def kontext(
     *,
     image: ImageLike | None = None,
     reference: ImageLike | Sequence[ImageLike] | None = None,
-    reference_size: Literal["preferred", "source"] = "preferred",
+    reference_size: ReferenceSize = "preferred",
+    reference_strength: float | Sequence[float] = 1.0,
+    reference_method: ReferenceMethod = "index",
     size: SizeMode = "exact",
     **common: Unpack[Common],
 ) -> Pictures:
-    """Edit a picture by words; `reference` are further pictures to look at, each with a position index of its own.
+    """Edit a picture by words; `reference` are further pictures to look at.
 
+    `reference_strength` is the attention that they get, one for all or one for each, `image` first. Each has a position
+    index of its own, or with the method "offset" a place beside the others.
     `size` says what is drawn: "exact" the width and height asked for, "source" the picture's own, "preferred" the
     nearest of the sizes that Kontext was trained on, "area" diffusers' rule (the asked aspect at a megapixel).
     """
     pictures = [*listed(image), *listed(reference)]
     job = begin(flux, prompt, common, kontext_canvas(flux, pictures[:1], size, common))
-    references = [reference_condition(job, p, reference_size, index) for index, p in enumerate(pictures, 1)]
-    return job.draw(job.noise(), references)
+    looked_at = references(job, pictures, reference_size, reference_strength, reference_method)
+    return job.draw(job.noise(), looked_at)
 
 
 def kontext_inpaint(
@@ -209,7 +224,9 @@ def kontext_inpaint(
     image: ImageLike,
     mask: ImageLike,
     reference: ImageLike | Sequence[ImageLike] | None = None,
-    reference_size: Literal["preferred", "source"] = "preferred",
+    reference_size: ReferenceSize = "preferred",
+    reference_strength: float | Sequence[float] = 1.0,
+    reference_method: ReferenceMethod = "index",
     strength: float = 1.0,
     size: SizeMode = "preferred",
     padding_mask_crop: int | None = None,
@@ -219,9 +236,9 @@ def kontext_inpaint(
     job = begin(flux, prompt, common, kontext_canvas(flux, [image], size, common))
     pixels, flags, finish = masked_inputs(job, image, mask, padding_mask_crop)
     source = job.encode(pixels, sampled=False)
-    references = [reference_condition(job, p, reference_size, index) for index, p in enumerate(listed(reference), 1)]
-    references = references or [reference_condition(job, pixels, (job.width, job.height))]
-    return finish(job.draw(job.noise(), references, source=source, strength=strength, mask=flags))
+    pictures, sizes = listed(reference) or [pixels], reference_size if listed(reference) else (job.width, job.height)
+    looked_at = references(job, pictures, sizes, reference_strength, reference_method)
+    return finish(job.draw(job.noise(), looked_at, source=source, strength=strength, mask=flags))
 
 
 def redux_prior(
@@ -251,7 +268,7 @@ def redux_prior(
     prompts = redux_prompts(
         text,
         adapter,
-        as_images(image),
+        by_size(image),
         scales=scales,
         pooled_scales=pooled_scales,
         combine=combine,

@@ -21,7 +21,7 @@ Combine = Literal["sum", "average", "join"]
 def redux_prompts(
     text: Prompt,
     redux: Redux,
-    images: Tensor,
+    images: Tensor | Sequence[Tensor],
     *,
     scales: Sequence[float],
     pooled_scales: Sequence[float],
@@ -33,12 +33,15 @@ def redux_prompts(
 ) -> tuple[Prompt, Prompt]:
     """A text prompt (1 or n rows) and n pictures (n, H, W, 3) -> the text and the picture prompt, of one row each.
 
+    Pictures of several sizes come as several batches.
+
     "sum" adds up the scaled tokens of all pictures and the scaled text once for each (diffusers), "average" divides
     that by their number, "join" sets the pictures' tokens one after another beside the unscaled text. The scales
     multiply tokens; the strengths multiply the attention they get. `downsample` 3 leaves 9x9 of the 27x27 tokens of a
     picture.
     """
-    tokens = thinned(redux.tokens(images), downsample)
+    batches = [images] if isinstance(images, Tensor) else images
+    tokens = thinned(torch.cat([redux.tokens(alike) for alike in batches]), downsample)
     count = len(tokens)
     _check(text, tokens, redux.name, combine)
     words = text.tokens.to(tokens).expand(count, -1, -1)

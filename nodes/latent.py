@@ -59,7 +59,7 @@ def encode_image(
     from ..flux_runtime.fit import fit as bring_to_size
 
     pictures = bring_to_size(rgb(image), width, height, fit, MULTIPLE)
-    if pictures.shape != image.shape:
+    if pictures.shape[1:3] != image.shape[1:3]:
         have, now = (f"{i.shape[2]}x{i.shape[1]}" for i in (image, pictures))
         current().text(f"{have} became {now} ({fit})")
     return {"samples": vae.encode(pictures).float().cpu()}

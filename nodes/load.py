@@ -74,6 +74,7 @@ def _partner_folders(host: Host) -> list[Path]:
 
 
 def _make_room(host: Host, paths: Iterable[Path]) -> None:
+    """Ask for what the parts themselves take: a whole model's folder may hold the same weights twice."""
     from ..flux_runtime.weights import inspect
 
     host.free_memory(sum(inspect(path).bytes for path in paths))

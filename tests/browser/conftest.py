@@ -1,5 +1,8 @@
-"""The real canvas in a headless Chromium, against a real server process. Every canvas that a test opens must stay quiet:
-no console error, no page error, no failed request and no request to anything but the server, unless the test says so."""
+"""The real canvas in a headless Chromium, against a real server process.
+
+Every canvas that a test opens must stay quiet: no console error, no page error, no failed request and no request to
+anything but the server, unless the test says so.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,14 @@ RECORDER = """types => {
   window.recorded = [];
   for (const type of types) app.api.addEventListener(type, ({ detail }) => recorded.push({ type, detail }));
 }"""
-NODE = "title => { const found = app.graph._nodes.filter(n => n.title === title); return found[0].id }"
+NODE = "title => app.graph._nodes.find(n => n.title === title).id"
 WIDGET = "([title, name]) => app.graph._nodes.find(n => n.title === title).widgets.find(w => w.name === name)"
 PLACE = """([title, name]) => {
   const node = app.graph._nodes.find(n => n.title === title), { scale, offset } = app.canvas.ds;
   const { left, top } = app.canvas.canvas.getBoundingClientRect();
   const widget = node.widgets?.find(w => w.name === name);
-  const [x, y, width, height] = widget ? [0, widget.y, node.size[0], widget.computedHeight ?? 20] : [0, 0, ...node.size];
+  const body = [0, 0, ...node.size], row = widget && [0, widget.y, node.size[0], widget.computedHeight ?? 20];
+  const [x, y, width, height] = row ?? body;
   return {
     x: left + (node.pos[0] + x + offset[0]) * scale, y: top + (node.pos[1] + y + offset[1]) * scale,
     width: width * scale, height: height * scale,
@@ -75,8 +79,8 @@ class Server:
 
     def post(self, path: str, value: Any) -> None:
         """POST a JSON value."""
-        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=30).close()
+        body, kind = json.dumps(value).encode(), {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(self.url + path, body, kind), timeout=30).close()
 
     def kill(self) -> None:
         """End it without a chance to tidy up."""

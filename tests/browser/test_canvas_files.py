@@ -1,4 +1,4 @@
-"""What is kept: saved workflows and settings, workflows inside pictures, uploads, the list of runs; and the file format."""
+"""What is kept: workflows and settings, workflows inside pictures, uploads, the list of runs; and the file format."""
 
 from __future__ import annotations
 

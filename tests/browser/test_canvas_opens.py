@@ -28,7 +28,8 @@ def test_opens_the_starter_without_a_word_about_missing_nodes(canvas, shipped):
     assert len(canvas.graph()["links"]) == len(starter["links"])
     canvas.page.wait_for_load_state("networkidle")
     assert canvas.page.get_by_role("dialog").count() == 0
-    assert canvas.page.evaluate("app.graph._nodes.every(n => !n.has_errors && n.type in LiteGraph.registered_node_types)")
+    known = "app.graph._nodes.every(node => !node.has_errors && node.type in LiteGraph.registered_node_types)"
+    assert canvas.page.evaluate(known)
 
 
 def test_a_new_profile_is_greeted_with_every_template_and_its_picture(canvas, shipped):

@@ -1,4 +1,4 @@
-"""The Run button: progress, preview and picture; errors that say what to do; cancelling; the canvas's other renderer."""
+"""The Run button: progress, preview and picture; errors that say what to do; cancelling; Nodes 2.0."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ REFUSED = ("^answer: 400 .*/api/prompt$", "console: Failed to load resource.* 40
 
 def picture_on(canvas, title):
     """The picture on a node as it is on the screen: all that is coloured there, as the node itself is grey."""
-    shot = Image.open(io.BytesIO(canvas.page.screenshot(clip=canvas.place(title, PICTURE))))
-    return shot.convert("RGB").crop(shot.convert("HSV").getchannel("S").point(lambda value: 255 * (value > 90)).getbbox())
+    shot = Image.open(io.BytesIO(canvas.page.screenshot(clip=canvas.place(title, PICTURE)))).convert("RGB")
+    saturation = shot.convert("HSV").getchannel("S")
+    return shot.crop(saturation.point(lambda value: 255 * (value > 90)).getbbox())
 
 
 def difference(one, other):

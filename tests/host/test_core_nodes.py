@@ -230,6 +230,6 @@ def test_a_full_disk_while_saving(nodes, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(FluxError, match="No space is left"):
         nodes["SaveImage"]().save_images(torch.rand(1, 2, 2, 3), "a")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxcanvas.flux_runtime import Conditioning, make_noise, recipes, sample
+from fluxcanvas.flux_runtime import Conditioning, FluxError, make_noise, recipes, sample
 from fluxcanvas.flux_runtime.adapters import IPAdapter, Redux
 from fluxcanvas.flux_runtime.conditions import (
     ControlImage,
@@ -17,6 +17,7 @@ from fluxcanvas.flux_runtime.conditions import (
     Reference,
     SideNetCondition,
 )
+from fluxcanvas.flux_runtime.job import _embedded
 from fluxcanvas.flux_runtime.model.adapters import IPAdapterNet, IPAdapterParams, ReduxEncoder
 from fluxcanvas.flux_runtime.pictures import Picture, masked_picture
 
@@ -85,9 +86,9 @@ def parts(pair, net_pair, shape_of):
     return get
 
 
-def drawn(flux, conditions, *, cfg: float = 1.0, prompts=(), steps: int = 2, batch: int = 1):
+def drawn(flux, conditions, *, cfg: float = 1.0, prompts=(), steps: int = 2, batch: int = 1, negative=()):
     positive = Conditioning((flux.text.encode(PROMPT, max_tokens=16), *prompts), 3.5, tuple(conditions))
-    negative = Conditioning((flux.text.encode(NEGATIVE, max_tokens=16),))
+    negative = Conditioning((flux.text.encode(NEGATIVE, max_tokens=16),), None, tuple(negative))
     shape = (batch, 16, 6, 8)
     return sample(flux.model, positive, negative, latents=torch.zeros(shape), noise=make_noise(shape, 1), steps=steps,
                   true_cfg_scale=cfg)  # fmt: skip
@@ -199,3 +200,61 @@ def test_regional_prompts_with_a_reference(parts):
     assert min((left - right).abs().max(), (left - free).abs().max()) > 1e-3
     weak = drawn(flux, [replace(every["reference"], strength=0.2)], prompts=[region(flux, 1, 0)])
     assert (weak - left).abs().max() > 1e-3
+
+
+def test_what_is_wired_to_the_negative_prompt_acts_there_as_it_is(parts):
+    """An image prompt of its own is seen with its own picture, and a net that stays out of others' negative is in."""
+    flux, every = parts(64)
+    shown = every["picture"]
+    other = shown.adapter.embed(pixels(9))
+    lent = drawn(flux, [replace(shown, negative=other)], cfg=2.0)
+    own = replace(shown, embeds=other, negative=None)
+    assert torch.equal(drawn(flux, [shown], cfg=2.0, negative=[own]), lent)
+    assert not torch.equal(drawn(flux, [shown], cfg=2.0), lent)
+    nets = [replace(every["net"], negative=negative) for negative in ("none", "again")]
+    one, same = (drawn(flux, [every["net"]], cfg=2.0, negative=[net]) for net in nets)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, drawn(flux, nets[:1], cfg=2.0))
+
+
+def test_references_of_a_recipe_have_strengths_and_places(parts):
+    flux, _ = parts(64)
+    looks = {"image": picture(1), "reference": [picture(5), picture(6)], "reference_size": "source"}
+
+    def edited(**more):
+        return recipes.kontext(flux, PROMPT, **looks, **OPTIONS, **more)
+
+    plain, offset = edited(), edited(reference_method="offset")
+    assert (offset - plain).abs().max() > 1e-3
+    assert torch.equal(edited(reference_strength=[1, 1, 1.0]), plain)
+    first, last = (edited(reference_strength=weights) for weights in ([0.2, 1, 1], [1, 1, 0.2]))
+    assert min((first - plain).abs().max(), (last - plain).abs().max(), (first - last).abs().max()) > 1e-3
+    with pytest.raises(FluxError, match="reference_strength has 2 values for 3 pictures"):
+        edited(reference_strength=[1, 0.5])
+
+
+def test_fill_of_the_part_around_the_mask(parts):
+    flux, _ = parts(384)
+    mask = Image.new("L", (120, 90))
+    mask.paste(255, (60, 40, 80, 60))
+    whole = picture(1, 120, 90)
+    options = OPTIONS | {"output": "pil"}
+    filled = recipes.fill(flux, PROMPT, image=whole, mask=mask, padding_mask_crop=8, **options)[0]
+    changed = np.any(np.asarray(filled) != np.asarray(whole), axis=-1)
+    assert filled.size == whole.size and changed[40:60, 60:80].any()
+    changed[40:60, 60:80] = False
+    assert not changed.any()
+
+
+def test_pictures_of_several_sizes_are_seen_as_each_is():
+    """None is squeezed into the shape of the first."""
+    seen = []
+
+    class Spy(Eyes):
+        def pooled(self, images):
+            seen.append(tuple(images.shape))
+            return super().pooled(images)
+
+    adapter = replace(ip_adapter(1), encoder=Spy())
+    embedded = _embedded(adapter, [picture(1, 80, 56), picture(2, 30, 90)])
+    assert seen == [(1, 56, 80, 3), (1, 90, 30, 3)] and embedded.shape == (1, 2, EMBED)

@@ -94,6 +94,20 @@ def test_a_batch_from_a_picture(setting, oracle, relative, mask, recipe):
     assert relative(ours(call, flux, controlnet=net, images_per_prompt=2, **options, **masked[1]), expected) < EXACT
 
 
+@pytest.mark.parametrize("kind", ["InstantX", "XLabs"])
+def test_a_control_image_for_each_of_two_prompts(setting, oracle, relative, kind):
+    pipe, flux, theirs, net = setting(kind)
+    images, prompts = [picture(2, 96, 64), picture(4, 96, 64)], [PROMPT, "a blue boat"]
+    expected = oracle(pipe, "FluxControlNetPipeline", parts={"controlnet": theirs}, prompt=prompts,
+                      control_image=images, num_images_per_prompt=2, **SIZE)  # fmt: skip
+    batch = np.stack([np.asarray(image) for image in images])
+    options = {"guidance": 3.5, "max_sequence_length": 24, "generator": rng(), "output": "latent", **SIZE}
+    got = recipes.controlnet(
+        flux, prompts, controlnet=net, control_image=batch, images_per_prompt=2, steps=5, **options
+    )
+    assert relative(got, expected) < EXACT
+
+
 def multi(*nets):
     from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
 

@@ -152,7 +152,7 @@ def compare(pair, eyes, adapters, oracle, relative, mask):
 
     def run(recipe, wanted=(("v1", 1),), images=(7,), scales=((0.8,) * DEPTH,), negative=(), rows=1, cfg=False):
         (pipe, flux), (made, own), case = pair(), adapters(*wanted), CASES[recipe]
-        shown = [[picture(i) for i in each] if isinstance(each, tuple) else picture(each) for each in images]
+        shown = [[picture(i, 8 * i) for i in each] if isinstance(each, tuple) else picture(each) for each in images]
         theirs = {**case.both, **case.theirs, "ip_adapter_image": shown, "num_images_per_prompt": rows}
         mine = {**case.both, **case.mine, "adapter": own, "adapter_image": shown, "adapter_scale": scales}
         if len(own) == 1:  # one need not be a list
@@ -281,3 +281,8 @@ def test_refusals(pair, adapters):
         ours(recipes.text_to_image, flux, adapter=one, adapter_image=picture(7), adapter_scale=[1, 2, 3], **SIZE)
     with pytest.raises(FluxError, match="0 adapter images were given for 1"):
         ours(recipes.text_to_image, flux, adapter=one, **SIZE)
+    two = {"adapter": [one, one], "adapter_image": [picture(7), picture(8)], **SIZE}
+    with pytest.raises(FluxError, match="3 adapter scales were given for 2"):
+        ours(recipes.text_to_image, flux, adapter_scale=[1, 2, 3], **two)
+    with pytest.raises(FluxError, match="1 adapter negative images were given for 2"):
+        ours(recipes.text_to_image, flux, negative_adapter_image=[picture(9)], **two)

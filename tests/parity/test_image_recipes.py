@@ -162,20 +162,31 @@ def test_a_list_of_generators(pair, relative, oracle):
     assert relative(got, expected) < EXACT
 
 
-@pytest.mark.parametrize("name", ["image_to_image", "inpaint", "kontext"])
-def test_bfloat16_is_no_further_from_float32_than_the_oracle(pair, relative, oracle, mask, name):
-    pipelines = {
-        "image_to_image": "FluxImg2ImgPipeline",
-        "inpaint": "FluxInpaintPipeline",
-        "kontext": "FluxKontextPipeline",
-    }
-    image = {"image": picture(1), **SIZE}
-    theirs = {"inpaint": {"mask_image": mask}, "kontext": {"max_area": 64 * 96, "_auto_resize": False}}.get(name, {})
-    mine = {"inpaint": {"mask": mask}, "kontext": {"reference_size": "source"}}.get(name, {})
-    exact = oracle(pair()[0], pipelines[name], **image, **theirs).float()
-    pipe, flux = pair(dtype=torch.bfloat16)
-    allowed = relative(oracle(pipe, pipelines[name], **image, **theirs).float(), exact)
-    assert relative(ours(getattr(recipes, name), flux, **image, **mine).float(), exact) <= 1.05 * allowed
+AREA, OWN = {"max_area": 64 * 96, "_auto_resize": False}, {"reference_size": "source"}
+HALF = {  # recipe: its pipeline, the model's channels, the options of the oracle alone and of ours alone
+    "image_to_image": ("FluxImg2ImgPipeline", 64, {}, {}),
+    "inpaint": ("FluxInpaintPipeline", 64, {}, {}),
+    "fill": ("FluxFillPipeline", 384, {}, {}),
+    "control": ("FluxControlPipeline", 128, {}, {}),
+    "control_image_to_image": ("FluxControlImg2ImgPipeline", 128, {}, {}),
+    "control_inpaint": ("FluxControlInpaintPipeline", 128, {}, {}),
+    "kontext": ("FluxKontextPipeline", 64, AREA, OWN),
+    "kontext_inpaint": ("FluxKontextInpaintPipeline", 64, {"_auto_resize": False}, {**OWN, "size": "source"}),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_is_no_further_from_float32_than_the_oracle(pair, relative, oracle, shape_of, mask, name):
+    pipeline, channels, theirs, mine = HALF[name]
+    shape, call = shape_of(in_channels=channels), {} if name == "kontext_inpaint" else dict(SIZE)
+    call |= {"control_image": picture(2)} if "control" in name else {}
+    call |= {"image": picture(1)} if name != "control" else {}
+    masked = name == "fill" or name.endswith("inpaint")
+    theirs, mine = ({**theirs, "mask_image": mask}, {**mine, "mask": mask}) if masked else (theirs, mine)
+    exact = oracle(pair(shape)[0], pipeline, **call, **theirs).float()
+    pipe, flux = pair(shape, torch.bfloat16)
+    allowed = relative(oracle(pipe, pipeline, **call, **theirs).float(), exact)
+    assert relative(ours(getattr(recipes, name), flux, **call, **mine).float(), exact) <= 1.05 * allowed
 
 
 def test_the_mask_decides_what_stays(pair, mask):

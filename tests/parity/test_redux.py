@@ -100,7 +100,7 @@ CASES = {
 def test_with_text(pair, prior, redux, relative, case):
     pipe, flux = pair()
     seeds, theirs, mine = CASES[case]
-    images = [picture(i) for i in seeds]
+    images = [picture(i, 80 // i, 56 * i) for i in seeds]  # each of its own shape
     expected = prior()(image=images, prompt=[PROMPT] * len(images), **theirs)
     got = recipes.redux_prior(flux, PROMPT, adapter=redux, image=images, **mine)
     have, pooled = tokens(got)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from fluxcanvas.flux_runtime import Conditioning, FluxError, Prompt, make_noise, preview_image, sample, to_tensor
+from fluxcanvas.flux_runtime import (
+    Conditioning,
+    FluxError,
+    Prompt,
+    make_noise,
+    preview_image,
+    recipes,
+    sample,
+    to_tensor,
+)
 
 SHAPE = (1, 16, 16, 16)
 
@@ -102,3 +111,36 @@ def test_text_of_another_model_says_so(demo):
 def test_an_empty_conditioning_says_so(demo):
     with pytest.raises(FluxError, match="holds no prompt"):
         draw(demo, Conditioning(()))
+
+
+def test_true_cfg_without_both_of_its_halves_says_so(demo, prompt, caplog):
+    draw(demo, prompt, negative=prompt, steps=1)
+    assert "negative prompt has no effect at a true_cfg_scale of 1" in caplog.text
+    caplog.clear()
+    draw(demo, prompt, true_cfg_scale=2.0, steps=1)
+    assert "true_cfg_scale of 2 has no effect without a negative prompt" in caplog.text
+    caplog.clear()
+    draw(demo, prompt, negative=prompt, true_cfg_scale=2.0, steps=1)
+    draw(demo, prompt, steps=1)
+    assert not caplog.text
+
+
+def test_a_random_seed_leaves_the_generator_of_others_alone(demo):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    one, other = (recipes.text_to_image(demo, "a tree", steps=1, output="latent") for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_picture_at_all_is_refused(demo):
+    with pytest.raises(FluxError, match="0 images per prompt draw nothing"):
+        recipes.text_to_image(demo, "a tree", images_per_prompt=0)
+
+
+def test_three_pictures_for_two_are_refused_before_anything_is_drawn(demo):
+    generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
+    with pytest.raises(FluxError, match="3 pictures cannot be shared out among 2"):
+        recipes.image_to_image(
+            demo, "a tree", image=torch.rand(3, 64, 64, 3), images_per_prompt=2, generator=generators
+        )

@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from fluxcanvas.flux_runtime.errors import FluxError
 from fluxcanvas.flux_runtime.masks import (
     as_mask,
+    binary_mask,
     blur_mask,
     check_mask,
     combine_masks,
@@ -199,3 +200,19 @@ def test_combining_batches_and_sizes():
         combine_masks(torch.ones(2, 4, 4), three)
     with pytest.raises(FluxError, match="union"):
         combine_masks(one, three, "xor")
+
+
+@pytest.mark.parametrize(
+    "mask", [deep(), LEVELS, torch.from_numpy(LEVELS)[None, None]], ids=["16 bit", "array", "tensor"]
+)
+def test_a_binary_mask_is_cut_at_half_of_any_depth(mask):
+    assert torch.equal(binary_mask(mask, 3, 2), (EXPECTED >= 0.5).float()[None])
+
+
+def test_a_binary_mask_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    file = io.BytesIO()
+    GREY.save(file, "PNG", exif=exif)
+    turned = binary_mask(Image.open(file), 3, 2)
+    assert torch.equal(turned, (EXPECTED.flip(0, 1) >= 0.5).float()[None])

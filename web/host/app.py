@@ -16,7 +16,7 @@ from aiohttp import web
 from ...flux_runtime.errors import FluxError
 from ...nodes import host as node_host
 from ...nodes.load import warm_up
-from . import examples
+from . import examples, frontend
 from .context import CONTEXT, Context
 from .embedded import EmbeddedHost
 from .events import WebSocketEvents
@@ -62,26 +62,12 @@ def _context(options: HostOptions) -> Context:
 def _worker(here: Context) -> Worker:
     """The thread that executes, with our nodes' questions answered by the embedded host."""
     embedded = EmbeddedHost(here.folders, here.options.device)
-    _check_device(embedded)
+    embedded.check_device()
     node_host.use(embedded)
     kind = "none" if here.options.cache_none else "lru" if here.options.cache_lru else "classic"
     executor = Executor(here.packs.nodes, here.events, kind, here.options.cache_lru)
     embedded.release = executor.free
     return Worker(here.queue, executor)
-
-
-def _check_device(embedded: EmbeddedHost) -> None:
-    """Refuse a device that this machine or this torch does not have, before anything is loaded."""
-    import torch
-
-    device = embedded.device()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend refuses in its own way
-        raise FluxError(
-            f"The device {device} cannot be used here: {str(error).splitlines()[0]} Choose another "
-            "with --device, such as --device cpu."
-        ) from error
 
 
 def build_app(options: HostOptions) -> web.Application:
@@ -178,6 +164,7 @@ async def _serve(app: web.Application, options: HostOptions, bound: socket.socke
 
 def serve(options: HostOptions) -> int:
     """Serve the canvas until SIGINT or SIGTERM; the exit status. FluxError tells what keeps it from starting."""
+    frontend.static_folder()  # raises what tells to install the canvas: now, not when the first page is asked for
     with listen(options) as bound:
         if not is_loopback(options.host.strip("[]").lower()):
             log.warning(

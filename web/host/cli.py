@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-COMMANDS = ("serve", "run", "info", "test")
 HOST_EXTRA = ("aiohttp", "comfyui_frontend_package", "yaml")  # what `fluxcanvas[host]` adds
 
 
@@ -83,7 +82,7 @@ def _common() -> argparse.ArgumentParser:
         "--base-directory",
         type=Path,
         metavar="DIR",
-        help="the folder that holds models/, input/, output/, temp/ and user/ (or FLUXCANVAS_HOME)",
+        help="the folder that holds models/, input/, output/ and user/ (or FLUXCANVAS_HOME)",
     )
     common.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; the best there is unless said")
     common.add_argument("--debug", action="store_true", help="on an error show the traceback (or FLUXCANVAS_DEBUG=1)")
@@ -91,7 +90,7 @@ def _common() -> argparse.ArgumentParser:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help=" address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=port, default=8188, help="the port to listen on, 0 for a free one (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where SaveImage writes")
     parser.add_argument(

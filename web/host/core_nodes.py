@@ -65,7 +65,9 @@ class _FromInput:
         return file_hash(cls._path(image))
 
     @classmethod
-    def VALIDATE_INPUTS(cls, image: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, image: str | None) -> bool | str:
+        if image is None:  # linked: judged when it is known
+            return True
         try:
             cls._path(image)
         except FluxError as error:

@@ -145,6 +145,19 @@ class EmbeddedHost:
         except RuntimeError as error:
             raise FluxError(f"there is no device {self._device!r}; use cpu, cuda, cuda:1 or mps") from error
 
+    def check_device(self) -> None:
+        """FluxError when this machine or this torch does not have the device: told before anything is loaded."""
+        import torch
+
+        device = self.device()
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend refuses in its own way
+            raise FluxError(
+                f"The device {device} cannot be used here: {str(error).splitlines()[0]} Choose another "
+                "with --device, such as --device cpu."
+            ) from error
+
     def free_memory(self, bytes_needed: int) -> None:
         """Let go of cached results when the device has fewer bytes free."""
         device = self.device()

@@ -21,6 +21,7 @@ log = logging.getLogger("fluxcanvas")
 PREVIEW_IMAGE, TEXT, PREVIEW_WITH_METADATA = 1, 3, 4
 JPEG = 1
 PREVIEW_SIZE = 512
+_PREVIEW_FLAG = "supports_preview_metadata"
 # A client that does not read (a sleeping tab) must not fill the memory: beyond the first number of waiting messages
 # previews are dropped for it, beyond the second it is disconnected and will ask again for everything.
 _BACKLOG_PREVIEWS, _BACKLOG = 32, 5000
@@ -34,12 +35,12 @@ class _Client:
     flags: Mapping[str, Any] = field(default_factory=dict)
     outbox: asyncio.Queue[str | bytes | None] = field(default_factory=asyncio.Queue)
 
-    def put(self, message: str | bytes) -> None:
+    def put(self, message: str | bytes, preview: bool = False) -> None:
         waiting = self.outbox.qsize()
         if waiting >= _BACKLOG:
             self.outbox = asyncio.Queue()
             self.outbox.put_nowait(None)
-        elif waiting < _BACKLOG_PREVIEWS or isinstance(message, str):
+        elif waiting < _BACKLOG_PREVIEWS or not preview:
             self.outbox.put_nowait(message)
 
 
@@ -63,7 +64,8 @@ def preview_frame(jpeg: bytes, metadata: Mapping[str, Any] | None) -> bytes:
 def text_frame(text: str, node_id: str, prompt_id: str | None) -> bytes:
     """Binary type 3; the prompt id goes first for clients that understand `supports_progress_text_metadata`."""
     parts = [node_id.encode()] if prompt_id is None else [prompt_id.encode(), node_id.encode()]
-    return struct.pack(">I", TEXT) + b"".join(struct.pack(">I", len(part)) + part for part in parts) + text.encode()
+    named = b"".join(struct.pack(">I", len(part)) + part for part in parts)
+    return struct.pack(">I", TEXT) + named + text.encode("utf-8", "replace")  # half an emoji must not fail the node
 
 
 class WebSocketEvents:
@@ -92,7 +94,7 @@ class WebSocketEvents:
             return
         jpeg = preview_bytes(image)
         rich, plain = preview_frame(jpeg, metadata), preview_frame(jpeg, None)
-        self._on_loop(self._send_frames, client_id, "supports_preview_metadata", rich, plain)
+        self._on_loop(self._send_frames, client_id, _PREVIEW_FLAG, rich, plain)
 
     def send_text(self, text: str, node_id: str, prompt_id: str, client_id: str | None) -> None:
         rich, plain = text_frame(text, node_id, prompt_id), text_frame(text, node_id, None)
@@ -131,7 +133,7 @@ class WebSocketEvents:
 
     def _send_frames(self, client_id: str | None, wanted: str, rich: bytes, plain: bytes) -> None:
         for client in self._clients_for(client_id):
-            client.put(rich if client.flags.get(wanted) else plain)
+            client.put(rich if client.flags.get(wanted) else plain, preview=wanted == _PREVIEW_FLAG)
 
     def connected(self) -> list[str]:
         """The ids of the connected clients."""
@@ -184,7 +186,7 @@ class WebSocketEvents:
                 client.put(dumps({"type": "feature_flags", "data": self.features}))
 
     async def close(self) -> None:
-        """Close every socket: the server is ending."""
-        for client in list(self._clients.values()):
-            await client.socket.close(message=b"the server is ending")
+        """Close every socket, all at once: each waits some seconds for a client that has gone to sleep."""
+        clients = list(self._clients.values())
+        await asyncio.gather(*(client.socket.close(message=b"the server is ending") for client in clients))
         self._clients.clear()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+
+from .files import write_atomic
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 STARTER = "text-to-image"
 
 
 def provide_inputs(folder: Path) -> list[Path]:
-    """Copy the pictures of the shipped workflows into the input folder; what is there already stays. The new ones."""
+    """Copy the shipped workflows' pictures into the input folder, each whole; what is there stays. The new ones."""
     written = []
     for source in sorted((WORKFLOWS / "inputs").glob("*.png")):
         target = folder / source.name
         if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(Path(shutil.copyfile(source, target)))
+            write_atomic(target, source.read_bytes())
+            written.append(target)
     return written

@@ -19,6 +19,7 @@ from .spec import NodeSpec, Specs
 
 log = logging.getLogger("fluxcanvas")
 Status = Literal["success", "error", "interrupted"]
+NODE_FAILURE = "node_failure"  # marks a log record that repeats what the result of the prompt tells
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Executor:
         if not failure.interrupted:
             reporter.node_failed(node_id)
             where = "".join(failure.report["traceback"])  # as text: a log record must not keep the node's values alive
-            log.error("node %s (%s) failed: %s\n%s", shown, node_type, failure.message, where.rstrip())
+            log.error("node %s (%s) failed: %s\n%s", shown, node_type, failure.message, where.rstrip(),
+                      extra={NODE_FAILURE: True})
         return failure
 
     def _conclude(self, reporter: Reporter, failure: Failure | None) -> Status:

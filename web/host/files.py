@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -90,8 +91,18 @@ def _scratch(path: Path, data: bytes) -> str:
     return scratch
 
 
+def _claim(scratch: str, path: Path) -> None:
+    """Give the complete file its name too, of two writers to one of them; Taken for the other."""
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        raise Taken(f"There is a file {path.name} already.") from None
+    except OSError:  # a file system without hard links: there the name holds nothing for a moment
+        _reserve(path)
+        os.replace(scratch, path)
+
+
 def _reserve(path: Path) -> None:
-    """Create the file if there is none, so that of two writers one gets the name; Taken for the other."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
@@ -108,12 +119,12 @@ def write_atomic(path: Path, data: bytes, overwrite: bool = True) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(path, data)
-        if not overwrite:
-            _reserve(path)
-        os.replace(scratch, path)
-        scratch = ""
+        if overwrite:
+            os.replace(scratch, path)
+        else:
+            _claim(scratch, path)
     except OSError as error:
         raise told(error, path) from error
     finally:
-        if scratch:
+        with contextlib.suppress(FileNotFoundError):  # it has become the file
             os.unlink(scratch)

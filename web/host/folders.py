@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Folders:
         self.output = Path(output).expanduser().resolve() if output else self.base / "output"
         self.user = self.base / "user"
         self._temp: Path | None = None
+        self._making_temp = threading.Lock()
         self.custom_nodes = [self.base / "custom_nodes"]
         self._roots: dict[str, list[Path]] = {name: [] for name in CATEGORIES}
         for root in (*models, self.base / "models"):
@@ -92,9 +94,10 @@ class Folders:
     @property
     def temp(self) -> Path:
         """A folder of this process alone for previews, made on first use and removed by `close`."""
-        if self._temp is None:
-            self._temp = Path(tempfile.mkdtemp(prefix="fluxcanvas-")).resolve()
-        return self._temp
+        with self._making_temp:  # asked for by the thread that runs the nodes and by that which serves pictures
+            if self._temp is None:
+                self._temp = Path(tempfile.mkdtemp(prefix="fluxcanvas-")).resolve()
+            return self._temp
 
     def close(self) -> None:
         """Remove the temporary pictures."""

@@ -25,7 +25,10 @@ class LogBuffer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         time = datetime.datetime.fromtimestamp(record.created).isoformat(timespec="milliseconds")
-        entry = {"t": time, "m": self.format(record) + "\n"}
+        try:
+            entry = {"t": time, "m": self.format(record) + "\n"}
+        except Exception:  # whoever logs a malformed line, in any library, must not fail by it
+            return self.handleError(record)
         self._entries.append(entry)
         if getattr(self._sending, "now", False):
             return

@@ -63,6 +63,12 @@ def frames(picture: Image.Image) -> list[Image.Image]:
     return found
 
 
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """The picture with at most 8 bits a channel; PIL's own conversion of deeper ones clips them to white."""
+    levels = deep_levels(picture)
+    return picture if levels is None else Image.fromarray((levels * 255).round().astype(np.uint8))
+
+
 def with_alpha(picture: Image.Image) -> Image.Image | None:
     """The picture as RGBA if it has any transparency (a channel, a palette entry, a key colour), else None."""
     if "A" in picture.getbands():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import shutil
 import signal
 import sys
 import threading
@@ -22,7 +21,8 @@ from ...nodes import host as node_host
 from .convert import convert
 from .embedded import EmbeddedHost, Interruption
 from .examples import provide_inputs
-from .executor import ExecutionResult, Executor
+from .executor import NODE_FAILURE, ExecutionResult, Executor
+from .files import write_atomic
 from .folders import Folders
 from .node_info import object_info
 from .options import HostOptions
@@ -98,6 +98,10 @@ class Runner:
         self._executor = Executor(self.packs.nodes, events or NoEvents())
         self._host.release = self._executor.free
 
+    def check_device(self) -> None:
+        """FluxError when the chosen device is not there."""
+        self._host.check_device()
+
     def prepare(self, source: WorkflowFile, settings: Iterable[str] = ()) -> Prepared:
         """Convert, apply `--set` and validate. FluxError names the node or setting that does not fit."""
         node_host.use(self._host)
@@ -138,10 +142,12 @@ class Runner:
         for shown in outputs.values():
             for image in shown.get("images", ()):
                 path = self.folders.directory(image["type"]) / image.get("subfolder", "") / image["filename"]
-                if image["type"] == "temp":
-                    self.folders.output.mkdir(parents=True, exist_ok=True)
-                    path = Path(shutil.copyfile(path, self.folders.output / path.name))
-                yield path
+                yield self._kept(path) if image["type"] == "temp" else path
+
+    def _kept(self, preview: Path) -> Path:
+        path = self.folders.output / preview.name
+        write_atomic(path, preview.read_bytes())
+        return path
 
 
 def run_workflow(
@@ -197,6 +203,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         with _logging_to(terminal, args.debug):
             runner = Runner(folders, device=args.device, events=terminal)
+            runner.check_device()
             prepared = runner.prepare(source, args.set)
             terminal.begin(prepared.prompt)
             for problem in prepared.problems:
@@ -247,15 +254,20 @@ def _interruptible(run: Callable[[Interruption], RunResult], terminal: Terminal)
 
 
 class _TerminalLog(logging.Handler):
-    """The log on the terminal, beside the bar. Of a failed node the traceback is left to --debug: `run` tells it."""
+    """The log on the terminal, beside the bar. Tracebacks are left to --debug; a failed node is told at the end."""
 
     def __init__(self, terminal: Terminal, debug: bool) -> None:
         super().__init__(logging.DEBUG if debug else logging.WARNING)
         self._terminal, self._debug = terminal, debug
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._debug or record.exc_info is None:
-            self._terminal.line(self.format(record))
+        try:
+            if self._debug:
+                self._terminal.line(self.format(record))
+            elif not hasattr(record, NODE_FAILURE):
+                self._terminal.line(record.getMessage())
+        except Exception:  # whoever logs a malformed line must not fail by it; logging has a place for that
+            self.handleError(record)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class HostRule:
 
     def __init__(self, options: HostOptions) -> None:
         bound = options.host.strip("[]").lower()
-        names = {name.lower() for name in options.allowed_hosts}
+        names = {host_name(name) or name.lower() for name in options.allowed_hosts}
         # Bound to other interfaces, the server is reached by address or by the machine's own name; a rebinding
         # attack needs a name of the attacker's, so addresses are safe.
         self.addresses = not is_loopback(bound)
@@ -76,15 +76,27 @@ def _foreign(request: web.Request, rule: HostRule) -> str:
     if len(hosts) != 1 or not rule.allows(hosts[0]):
         return (
             "The Host header does not name this server. Open the address that the server printed, or start it "
-            "with the name as an allowed host."
+            "with --allow-host and this name."
         )
     for origin in request.headers.getall("Origin", []):
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or parts.netloc.lower() != hosts[0].lower():
+        if not _same_origin(origin, hosts[0]):
             return "The request comes from another website, which may not use this server."
     if request.headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
         return "The request comes from another website; type this server's address into the browser instead."
     return ""
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:  # brackets that hold no address
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+
+def _path(request: web.Request) -> str:
+    """The path for the log, percent-encoded: the decoded one may hold codes that a terminal obeys."""
+    return request.rel_url.raw_path[:200]
 
 
 def _wrong_body(request: web.Request) -> bool:
@@ -103,7 +115,7 @@ def gate(options: HostOptions) -> Callable[[web.Request, Handler], Awaitable[web
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         reason = _foreign(request, rule)
         if reason:
-            log.warning("Refused %s %s from %s: %s", request.method, request.path[:200], request.remote, reason)
+            log.warning("Refused %s %s from %s: %s", request.method, _path(request), request.remote, reason)
             return complaint(reason, status=403)
         if _wrong_body(request):
             return complaint("This route takes JSON: send it with Content-Type: application/json.", status=415)
@@ -130,7 +142,7 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
     except ConnectionError:
         raise
     except OSError as error:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, _path(request))
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return complaint(
             "No space is left on the disk; free some and try again."
@@ -139,7 +151,7 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
             status=507 if full else 500,
         )
     except Exception as error:  # a fault of ours: told and logged, and the server goes on
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, _path(request))
         return complaint(f"The server failed at this request ({type(error).__name__}); its log tells more.", status=500)
 
 

@@ -37,6 +37,8 @@ FOREIGN_ORIGINS = [
     "",
     "http://127.0.0.1.evil.example",
     "http://",
+    "http://[",
+    "http://a]b",
 ]
 
 
@@ -65,6 +67,13 @@ def test_other_origins_are_refused(server, graph, origin):
 def test_the_own_origin_is_served(server, graph):
     assert server.post("/prompt", {"prompt": graph()}, Origin=f"http://{server.host}").status == 200
     assert server.post("/prompt", {"prompt": graph(red=0.1)}, Origin=f"HTTP://{server.host}").status == 200
+
+
+def test_a_foreign_page_cannot_write_terminal_codes_into_the_log(server, caplog):
+    with caplog.at_level("WARNING", logger="fluxcanvas"):
+        assert server.request("GET", "/%1b]0;mine%07%0aall%20is%20well", Host="evil.example").status == 403
+    (line,) = [record.getMessage() for record in caplog.records if "Refused" in record.getMessage()]
+    assert line.isprintable() and "%1b]0;mine%07%0a" in line
 
 
 def test_requests_that_browsers_mark_as_foreign_are_refused(server):

@@ -183,7 +183,7 @@ def test_a_full_disk_is_told(server, png, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     reply = server.upload("/upload/image", "a.png", png())
     assert reply.status == 507 and "No space is left" in reply.json()["error"]
     assert server.request("POST", "/userdata/w.json", b"{}").status == 507

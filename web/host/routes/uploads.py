@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..context import Context, context
 from ..core_nodes import file_hash
 from ..files import Taken, contained, relative, write_atomic
-from ..pictures import SUFFIXES, open_picture
+from ..pictures import SUFFIXES, eight_bit, open_picture
 from ..replies import BadRequest, parse_json, reply
 
 _MANY = 10_000
@@ -92,7 +92,7 @@ def _with_mask(original: Path, mask: bytes, mask_name: str) -> bytes:
     info = PngInfo()
     for key, value in getattr(picture, "text", {}).items():
         info.add_text(key, value)
-    masked = picture.convert("RGBA")
+    masked = eight_bit(picture).convert("RGBA")
     masked.putalpha(alpha)
     buffer = io.BytesIO()
     masked.save(buffer, "PNG", compress_level=4, pnginfo=info)

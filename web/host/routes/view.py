@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..context import context
 from ..files import contained
-from ..pictures import open_picture
+from ..pictures import eight_bit, open_picture
 from ..replies import BadRequest, reply
 from ..serving import disposition, file_reply
 
@@ -52,14 +52,14 @@ def encoded(picture: Image.Image, kind: str, **options: int) -> bytes:
 
 def preview(path: Path, kind: str, quality: int, channel: str) -> bytes:
     """A picture in another format; JPEG has no transparency."""
-    picture = open_picture(path)
+    picture = eight_bit(open_picture(path))
     mode = "RGB" if kind == "jpeg" or channel == "rgb" else "RGBA"
     return encoded(picture.convert(mode), kind, quality=quality)
 
 
 def one_channel(path: Path, channel: str) -> bytes:
     """PNG of the colours alone, or of the alpha channel alone (carried as alpha, as the mask editor reads it)."""
-    picture = open_picture(path)
+    picture = eight_bit(open_picture(path))
     if channel == "rgb":
         return encoded(picture.convert("RGB"), "png")
     alpha = Image.new("RGBA", picture.size)
