@@ -6,6 +6,7 @@ Inputs`. They are bound in the order of their `kind`, never in that of the user'
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,14 @@ from torch import Tensor
 from .errors import FluxError
 from .layout import PATCH, Placed, pack
 from .pictures import Source
-from .sampling import Step
+from .sampling import Step, steps
 
 if TYPE_CHECKING:
     from .adapters import IPAdapter
     from .bind import Canvas, Inputs
     from .sidenets import ControlNet
 
+log = logging.getLogger("fluxcanvas")
 Conditioner = Callable[["Inputs", Step], "Inputs"]
 
 
@@ -184,11 +186,22 @@ class SideNetCondition:
         return self.negative == "reuse"
 
     def bind(self, canvas: Canvas) -> Conditioner:
+        _tell_idle(f"the ControlNet {self.net.name}", self.start, self.end, canvas)
         return self.net.bind(canvas, self)
 
     def weight(self, step: Step) -> float:
         """The scale in this step, 0 outside the range."""
         return self.scale * along(self.curve, step) if step.within(self.start, self.end) else 0.0
+
+
+def _tell_idle(name: str, start: float, end: float, canvas: Canvas) -> None:
+    """A range too narrow for the number of steps would do nothing, and nobody would know why."""
+    every = list(steps(canvas.sigmas.tolist()))
+    if not canvas.negative and not any(step.within(start, end) for step in every):
+        log.warning(
+            "%s has no effect: none of the %d steps lies wholly between %g and %g; widen the range or use more steps",
+            name, len(every), start, end,
+        )  # fmt: skip
 
 
 def along(curve: Sequence[float], step: Step) -> float:
@@ -221,6 +234,7 @@ class ImagePromptCondition:
         embeds = self.negative if canvas.negative else self.embeds
         if embeds is None:
             return lambda inputs, step: inputs
+        _tell_idle(f"the IP-Adapter {self.adapter.name}", self.start, self.end, canvas)
         prompt = self.adapter.attention(embeds, self.scales(canvas.model.params.depth), canvas)
 
         def look(inputs: Inputs, step: Step) -> Inputs:

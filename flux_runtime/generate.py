@@ -138,6 +138,11 @@ def _keep(
             f"{len(mask)} masks cannot be shared out among {len(source)} pictures; use 1 or a divisor of {len(source)}"
         )
     fitted = F.interpolate(mask, size=(height, width), mode="nearest").to(source)
+    if not fitted.flatten(1).any(1).all():
+        raise FluxError(
+            f"the mask marks nothing at the latents' {width}x{height} (one for 8x8 pixels), so nothing would be drawn: "
+            "paint a larger part white, or grow the mask"
+        )
     channels = source.shape[-1] // 4
     flags = pack(fitted.repeat(len(source) // len(mask), channels, 1, 1))
     return (Differential if soft else KeepOutside)(source, noise, flags)

@@ -45,7 +45,7 @@ class Common(TypedDict, total=False):
     """
 
     prompt_2: Texts | None
-    negative_prompt: Texts | None
+    negative_prompt: Texts | Conditioning | None
     negative_prompt_2: Texts | None
     true_cfg_scale: float
     height: int | None
@@ -185,7 +185,7 @@ def begin(flux: Flux, prompt: Texts | Conditioning, options: Common, size: tuple
     width, height = size or _size(flux, options)
     positive, negative = _conditionings(flux, prompt, options)
     batch = _batch(positive, options.get("images_per_prompt", 1))
-    extra = (*options.get("conditions", ()), *_image_prompts(flux, options, width, height, negative is not None))
+    extra = (*options.get("conditions", ()), *_image_prompts(options, width, height, negative is not None))
     return Job(flux, options, positive.plus(*extra), negative, batch, width, height, _generators(options, batch))
 
 
@@ -236,8 +236,8 @@ def _conditionings(
     given = isinstance(prompt, Conditioning)
     positive = prompt if given else _encode(flux, prompt, options.get("prompt_2"), options)
     negative = options.get("negative_prompt")
-    if negative is None:
-        return positive, None
+    if negative is None or isinstance(negative, Conditioning):
+        return positive, negative
     return positive, _encode(flux, negative, options.get("negative_prompt_2"), options)
 
 
@@ -247,9 +247,7 @@ def _encode(flux: Flux, prompt: Texts, prompt_2: Texts | None, options: Common) 
     return Conditioning((flux.text.encode(prompt, prompt_2, max_tokens=options.get("max_sequence_length")),))
 
 
-def _image_prompts(
-    flux: Flux, options: Common, width: int, height: int, negative: bool
-) -> tuple[ImagePromptCondition, ...]:
+def _image_prompts(options: Common, width: int, height: int, negative: bool) -> tuple[ImagePromptCondition, ...]:
     """One condition for each adapter; without a negative image the negative pass sees a black one."""
     adapters = _listed(options.get("adapter"))
     images = _listed(options.get("adapter_image"), len(adapters))

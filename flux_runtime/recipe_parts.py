@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -13,13 +14,13 @@ from .conditioning import Conditioning
 from .conditions import ControlImage, Negative, Reference, SideNetCondition
 from .errors import FluxError
 from .flux import Flux
-from .image import ImageLike, as_images, upright
+from .image import ImageLike, as_images, unit_range, upright
 from .job import Common, Job, Pictures, Texts, begin
 from .mask_crop import crop_to_mask, paste_back
-from .masks import binary_mask
+from .masks import binary_mask, check_mask, mask_from_image
 from .pictures import Encoded
 from .sidenets import ControlNet
-from .sizes import kontext_size, preferred_size
+from .sizes import kontext_size, reference_size
 
 log = logging.getLogger("fluxcanvas")
 
@@ -86,6 +87,15 @@ def fitted_mask(job: Job, mask: ImageLike) -> Tensor:
     return flags
 
 
+def region_mask(mask: ImageLike) -> Tensor:
+    """(H, W) of one mask of any kind; greys count in part."""
+    pixels = isinstance(mask, (np.ndarray, Tensor))
+    flags = check_mask(unit_range(mask) if pixels else mask_from_image(mask), level=0, what="the region's mask")
+    if len(flags) != 1:
+        raise FluxError(f"a region is one mask, and {len(flags)} were given; give one")
+    return flags[0]
+
+
 def control_condition(job: Job, image: ImageLike) -> ControlImage:
     return ControlImage(Encoded(job.encode_batch(as_images(image, job.width, job.height))))
 
@@ -135,7 +145,7 @@ def kontext_canvas(
     """What Kontext draws, as (width, height); None leaves it to the width and height asked for."""
     if size == "exact" or (not pictures and size != "area"):
         return None
-    source = _size_of(pictures[0], flux.model.latent.multiple) if pictures else None
+    source = _size_of(pictures[0], "source", flux.model.latent.multiple) if pictures else None
     chosen = kontext_size(size, source, options.get("width") or 0, options.get("height") or 0)
     log.info(chosen.why)
     return chosen.width, chosen.height
@@ -155,21 +165,13 @@ def references(
     strengths = _column(strength, len(pictures), "reference_strength", "pictures")
     made = []
     for number, (picture, weight) in enumerate(zip(pictures, strengths, strict=True), 1):
-        width, height = _reference_size(picture, size, job.flux.model.latent.multiple)
+        width, height = size if isinstance(size, tuple) else _size_of(picture, size, job.flux.model.latent.multiple)
         raw = job.encode(as_images(picture, width, height), sampled=False)
         place = {"index": number} if method == "index" else {"method": method}
         made.append(Reference(Encoded(raw), width, height, strength=weight, **place))
     return made
 
 
-def _reference_size(picture: ImageLike, size: ReferenceSize | tuple[int, int], multiple: int) -> tuple[int, int]:
-    if isinstance(size, tuple):
-        return size
-    own = _size_of(picture, multiple)
-    return preferred_size(*own) if size == "preferred" else own
-
-
-def _size_of(picture: ImageLike, multiple: int) -> tuple[int, int]:
-    """(width, height), floored to the multiple; the oracle, too, takes a picture's aspect from the floored size."""
+def _size_of(picture: ImageLike, mode: str, multiple: int) -> tuple[int, int]:
     images = as_images(picture)
-    return tuple(max(side // multiple, 1) * multiple for side in (images.shape[2], images.shape[1]))
+    return reference_size(mode, images.shape[2], images.shape[1], multiple)

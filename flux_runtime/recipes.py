@@ -29,6 +29,7 @@ from .recipe_parts import (
     listed,
     masked_inputs,
     references,
+    region_mask,
     side_nets,
 )
 from .redux import Combine, redux_prompts
@@ -254,10 +255,14 @@ def redux_prior(
     downsample: int = 1,
     text_strength: float = 1.0,
     image_strength: float = 1.0,
+    region: ImageLike | None = None,
     max_sequence_length: int = 512,
     guidance: float | None = None,
 ) -> Conditioning:
-    """Pictures, and words if any, as a conditioning for another recipe; without words the text is zeros."""
+    """Pictures, and words if any, as a conditioning for another recipe; without words the text is zeros.
+
+    `region`, a mask of any size, says where on the canvas the pictures count.
+    """
     weight = adapter.model.redux_down.weight
     if flux is None or flux.text is None or prompt is None:
         pooled = flux.model.params.vec_in_dim if flux else 768
@@ -275,5 +280,6 @@ def redux_prior(
         downsample=downsample,
         text_strength=text_strength,
         image_strength=image_strength,
+        region=None if region is None else region_mask(region),
     )
     return Conditioning(prompts, guidance)

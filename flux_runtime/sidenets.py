@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from .flux import FluxModel
     from .weights.report import Report
 
-# What the first ControlNet-Union of InstantX calls its modes, in the order of its embedding.
-UNION_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low quality")
-
 
 @dataclass(frozen=True)
 class ControlNet:

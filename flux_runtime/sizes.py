@@ -57,6 +57,17 @@ def preferred_size(width: int, height: int) -> tuple[int, int]:
     return min(PREFERRED, key=lambda size: (abs(ratio - size[0] / size[1]), size[0]))
 
 
+def reference_size(mode: str, width: int, height: int, multiple: int = 16) -> tuple[int, int]:
+    """The (width, height) to look at a picture at: "source" its own, floored; "preferred" the trained one nearest.
+
+    The oracle, too, takes a picture's shape from the floored size.
+    """
+    if mode not in ("source", "preferred"):
+        raise FluxError(f"the reference size {mode!r} is unknown; use source or preferred")
+    own = tuple(max(side // multiple, 1) * multiple for side in (width, height))
+    return preferred_size(*own) if mode == "preferred" else own
+
+
 def area_size(width: int, height: int, max_area: int = MAX_AREA, multiple: int = 16) -> tuple[int, int]:
     """The shape of width x height with an area of `max_area` pixels, floored to the multiple."""
     ratio = width / height

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ..flux_runtime.errors import FluxError
+from ..flux_runtime.union import UNION_MODES
 from .checks import forward, numbers
 from .edges import FLUX_CONDITIONING, FLUX_CONTROLNET, FLUX_VAE, IMAGE
 from .host import current
@@ -27,7 +28,6 @@ PUBLISHED = (
     "TheMistoAI/MistoLine_Flux.dev",
 )
 NO_MODE = "none"
-MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low quality")  # of the union nets, in their own order
 
 
 def _state(source: str, **_: object) -> str:
@@ -72,7 +72,7 @@ def control_net(
         float, Range(0.0, 1.0, 0.01), "Where in the run it stops. 0.6 fixes the layout and frees the details."
     ] = 1.0,
     mode: Annotated[
-        str, Choice((NO_MODE, *MODES)), "For union nets: what kind of picture the control image is. Else none."
+        str, Choice((NO_MODE, *UNION_MODES)), "For union nets: what kind of picture the control image is. Else none."
     ] = NO_MODE,
     curve: Annotated[
         str,
@@ -101,14 +101,15 @@ def control_net(
 
 def _mode_number(controlnet: FLUX_CONTROLNET, mode: str) -> int | None:
     """What a union net calls its mode; a net that knows none is told about, a union net without one is refused."""
-    number = None if mode == NO_MODE else MODES.index(mode)
+    number = None if mode == NO_MODE else UNION_MODES.index(mode)
     if not controlnet.model.side.modes:
         if number is not None:
             current().text(f"{controlnet.name} is no union ControlNet: the mode has no effect")
         return None
     if number is None:
         raise FluxError(
-            f"{controlnet.name} is a union ControlNet: choose what the control image is as its mode: {', '.join(MODES)}"
+            f"{controlnet.name} is a union ControlNet: choose what the control image is as its mode: "
+            f"{', '.join(UNION_MODES)}"
         )
     controlnet.check_mode(number)
     return number

@@ -39,12 +39,9 @@ def kontext_condition(
 
 def _reference_size(image: IMAGE, size: str) -> tuple[int, int]:
     """(width, height) to encode a reference at; (0, 0) is the canvas's."""
-    from ..flux_runtime.sizes import preferred_size
+    from ..flux_runtime.sizes import reference_size
 
-    if size == "canvas":
-        return 0, 0
-    width, height = (max(side // MULTIPLE, 1) * MULTIPLE for side in (image.shape[2], image.shape[1]))
-    return preferred_size(width, height) if size == "preferred" else (width, height)
+    return (0, 0) if size == "canvas" else reference_size(size, image.shape[2], image.shape[1], MULTIPLE)
 
 
 @node("Kontext Canvas", category="edit", aliases=("kontext image scale", "size", "empty latent"))

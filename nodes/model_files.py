@@ -64,14 +64,16 @@ def telling(host: Host) -> Callable[[str, float], None]:
 
     It speaks at once: importing what reads the text encoders takes seconds.
     """
-    shown = [""]
+    shown: list[object] = ["", None]
 
     def tell(message: str, fraction: float) -> None:
         host.check_interrupt()
-        host.progress(round(100 * fraction), 100)
+        percent = round(100 * fraction)
+        if percent != shown[1]:  # a loader tells after each of its hundreds of tensors
+            host.progress(percent, 100)
         if message != shown[0]:
-            shown[0] = message
             host.text(message)
+        shown[:] = message, percent
 
     tell("opening the files", 0.0)
     return tell

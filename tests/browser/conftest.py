@@ -34,10 +34,16 @@ EVENTS = (
     "status", "execution_start", "executing", "progress_state", "b_preview_with_metadata", "executed",
     "execution_success", "execution_error", "execution_interrupted",
 )  # fmt: skip
-# Keeps what the server tells the canvas, and whether the previews that come reach their node.
+# Keeps what the server tells the canvas, and which requests it has answered, in order.
 RECORDER = """types => {
   window.recorded = [];
   for (const type of types) app.api.addEventListener(type, ({ detail }) => recorded.push({ type, detail }));
+  const send = window.fetch;
+  window.fetch = async (...request) => {
+    const answer = await send(...request);
+    recorded.push({ type: "answer", detail: new URL(answer.url).pathname });
+    return answer;
+  };
 }"""
 NODE = "title => app.graph._nodes.find(n => n.title === title).id"
 WIDGET = "([title, name]) => app.graph._nodes.find(n => n.title === title).widgets.find(w => w.name === name)"
@@ -119,8 +125,9 @@ class Canvas:
                 complain("answer", f"{response.status} {response.url}")
 
         def failed(request: Any) -> None:
-            # The canvas drops the empty bodies of some answers, and requests of a page that is left.
-            if request.failure != "net::ERR_ABORTED" or request.url not in self._answered:
+            # The canvas drops the empty bodies of some answers, and a preview as soon as the next one is there.
+            dropped = request.url in self._answered or request.url.startswith("blob:")
+            if request.failure != "net::ERR_ABORTED" or not dropped:
                 complain("failed request", f"{request.method} {request.url} {request.failure}")
 
         self.profile.on("request", requested)
@@ -211,6 +218,10 @@ class Canvas:
     def recorded(self, type: str) -> list[Any]:
         """What the server has told since the last `forget`."""
         return self.page.evaluate("type => recorded.filter(e => e.type === type).map(e => e.detail)", type)
+
+    def story(self) -> list[dict[str, Any]]:
+        """All of it, in order."""
+        return self.page.evaluate("recorded.filter(e => e.type !== 'b_preview_with_metadata')")
 
     def forget(self) -> None:
         self.page.evaluate("recorded.length = 0")

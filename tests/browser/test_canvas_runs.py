@@ -132,6 +132,17 @@ def test_an_error_during_a_run_is_told_in_its_own_words(canvas, server):
     toast.wait_for(state="detached")
 
 
+def further_steps(story, node):
+    """How many steps a node did after the server had answered that it will stop."""
+    answered = story.index({"type": "answer", "detail": "/api/interrupt"})
+    steps = [
+        (place, told["detail"]["nodes"][node]["value"])
+        for place, told in enumerate(story)
+        if told["type"] == "progress_state" and node in told["detail"]["nodes"]
+    ]
+    return steps[-1][1] - max(value for place, value in steps if place < answered)
+
+
 def test_a_run_is_cancelled_within_a_step_and_the_next_one_works(canvas, server):
     canvas.open_template()
     canvas.put("Sample", "steps", 1000)
@@ -141,6 +152,7 @@ def test_a_run_is_cancelled_within_a_step_and_the_next_one_works(canvas, server)
     stopped = canvas.wait_for("execution_interrupted")
     sample = canvas.node("Sample")
     assert stopped["node_id"] == sample and not canvas.recorded("execution_error")
+    assert further_steps(canvas.story(), sample) <= 3  # one, and what was on its way when the server answered
     job = canvas.jobs()[0]
     assert (job["id"], job["status"]) == (stopped["prompt_id"], "cancelled")
     canvas.put("Sample", "steps", 4)

@@ -258,3 +258,26 @@ def test_pictures_of_several_sizes_are_seen_as_each_is():
     adapter = replace(ip_adapter(1), encoder=Spy())
     embedded = _embedded(adapter, [picture(1, 80, 56), picture(2, 30, 90)])
     assert seen == [(1, 56, 80, 3), (1, 90, 30, 3)] and embedded.shape == (1, 2, EMBED)
+
+
+def test_a_range_without_a_step_is_told(parts, caplog):
+    flux, every = parts(64)
+    plain = drawn(flux, [], steps=4)
+    for name, title in (("net", "the ControlNet"), ("picture", "the IP-Adapter adapter 1")):
+        caplog.clear()
+        idle = replace(every[name], start=0.3, end=0.6)
+        assert torch.equal(drawn(flux, [idle], steps=4), plain)
+        assert title in caplog.text and "none of the 4 steps lies wholly between 0.3 and 0.6" in caplog.text
+        caplog.clear()
+        drawn(flux, [replace(idle, end=0.8)], steps=4)
+        assert "has no effect: none" not in caplog.text
+
+
+def test_the_negative_prompt_may_be_a_conditioning(parts):
+    flux, every = parts(64)
+    words = Conditioning((flux.text.encode(NEGATIVE, max_tokens=16),))
+    options = {"true_cfg_scale": 2.0, **OPTIONS}
+    said = recipes.text_to_image(flux, PROMPT, negative_prompt=NEGATIVE, **options)
+    assert torch.equal(recipes.text_to_image(flux, PROMPT, negative_prompt=words, **options), said)
+    with_picture = words.plus(every["picture"])
+    assert not torch.equal(recipes.text_to_image(flux, PROMPT, negative_prompt=with_picture, **options), said)

@@ -171,3 +171,21 @@ def test_refusals(pair, redux):
         with pytest.raises(FluxError, match=words):
             conditioning = recipes.redux_prior(flux, PROMPT, adapter=redux, image=picture(1), **options)
             draw(flux, conditioning)
+
+
+def test_a_region_says_where_the_pictures_count(pair, redux):
+    _, flux = pair()
+    half = Image.new("L", (60, 40))
+    half.paste(255, (0, 0, 30, 40))
+    options = {"adapter": redux, "image": picture(1), "max_sequence_length": 24}
+
+    def drawn(region):
+        return draw(flux, recipes.redux_prior(flux, PROMPT, region=region, **options))
+
+    everywhere, left = drawn(Image.new("L", (8, 8), 255)), drawn(half)
+    torch.testing.assert_close(everywhere, drawn(None), rtol=1e-4, atol=1e-4)
+    assert torch.equal(left, drawn(np.asarray(half))) and not torch.allclose(left, everywhere)
+    with pytest.raises(FluxError, match="the region's mask is black everywhere"):
+        drawn(Image.new("L", (8, 8)))
+    with pytest.raises(FluxError, match="a region is one mask, and 2 were given"):
+        drawn([half, half])

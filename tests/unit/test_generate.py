@@ -144,3 +144,11 @@ def test_three_pictures_for_two_are_refused_before_anything_is_drawn(demo):
         recipes.image_to_image(
             demo, "a tree", image=torch.rand(3, 64, 64, 3), images_per_prompt=2, generator=generators
         )
+
+
+@pytest.mark.parametrize("white", [slice(0, 0), slice(1, 4)], ids=["black", "too small for a latent"])
+def test_a_mask_that_marks_no_latent_is_refused(demo, prompt, white):
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., white, white] = 1
+    with pytest.raises(FluxError, match="marks nothing at the latents' 16x16"):
+        draw(demo, prompt, noise_mask=mask)

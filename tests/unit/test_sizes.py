@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxcanvas.flux_runtime.errors import FluxError
-from fluxcanvas.flux_runtime.sizes import PREFERRED, kontext_size, preferred_size
+from fluxcanvas.flux_runtime.sizes import PREFERRED, kontext_size, preferred_size, reference_size
 
 
 def test_the_seventeen_sizes():
@@ -59,3 +59,11 @@ def test_the_choice_is_told(arguments, size, told):
 def test_refusals_name_the_remedy(arguments, message):
     with pytest.raises(FluxError, match=message):
         kontext_size(**arguments)
+
+
+def test_a_reference_is_seen_at_its_own_or_a_trained_size():
+    assert reference_size("source", 100, 70) == (96, 64)
+    assert reference_size("source", 7, 40) == (16, 32)
+    assert reference_size("preferred", 1535, 1030) == (1248, 832)
+    with pytest.raises(FluxError, match="'larger' is unknown; use source or preferred"):
+        reference_size("larger", 100, 70)
