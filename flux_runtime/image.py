@@ -89,7 +89,7 @@ def upright(picture: Image.Image) -> Image.Image:
 
 def unit_range(levels: np.ndarray | Tensor) -> Tensor:
     """float32 on the CPU; 8-bit levels are brought to 0..1."""
-    levels = torch.as_tensor(levels).cpu()
+    levels = torch.tensor(levels) if isinstance(levels, np.ndarray) else levels.cpu()
     return levels.float() / 255 if levels.dtype == torch.uint8 else levels.float()
 
 

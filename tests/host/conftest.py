@@ -58,9 +58,16 @@ class Toys(dict[str, type]):
         super().__init__()
         self.calls: list[str] = []
 
-    def add(self, name: str, function: Callable[..., Any], required: dict[str, Any] | None = None,
-            returns: tuple[Any, ...] = ("INT",), optional: dict[str, Any] | None = None,
-            hidden: dict[str, str] | None = None, **attributes: Any) -> type:
+    def add(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        required: dict[str, Any] | None = None,
+        returns: tuple[Any, ...] = ("INT",),
+        optional: dict[str, Any] | None = None,
+        hidden: dict[str, str] | None = None,
+        **attributes: Any,
+    ) -> type:
         """Make a node class of a function without self, and register it."""
         calls = self.calls
         inputs = {"required": required or {}, "optional": optional or {}, "hidden": hidden or {}}
@@ -73,8 +80,13 @@ class Toys(dict[str, type]):
             calls.append(name)
             return await function(**arguments)
 
-        methods = {"INPUT_TYPES": classmethod(lambda cls: inputs), "FUNCTION": "run", "RETURN_TYPES": returns,
-                   "run": run_async if inspect.iscoroutinefunction(function) else run, **attributes}
+        methods = {
+            "INPUT_TYPES": classmethod(lambda cls: inputs),
+            "FUNCTION": "run",
+            "RETURN_TYPES": returns,
+            "run": run_async if inspect.iscoroutinefunction(function) else run,
+            **attributes,
+        }
         self[name] = type(name, (), methods)
         return self[name]
 
@@ -110,22 +122,28 @@ class Bench:
     def validate(self, prompt: Any, targets: Any = None) -> Validation:
         return validate_prompt(prompt, self.toys, targets)
 
-    def run(self, prompt: Prompt, targets: list[str] | None = None, client: str | None = "client",
-            extra_data: dict[str, Any] | None = None, interruption: Interruption | None = None) -> ExecutionResult:
+    def run(
+        self,
+        prompt: Prompt,
+        targets: list[str] | None = None,
+        client: str | None = "client",
+        extra_data: dict[str, Any] | None = None,
+        interruption: Interruption | None = None,
+    ) -> ExecutionResult:
         """Validate and execute; `toys.calls` and `events` then tell of this run alone."""
         verdict = self.validate(prompt, targets)
         assert verdict.error is None, verdict
         self.toys.calls.clear()
         self.events.events.clear()
-        return self.executor.execute("prompt", prompt, extra_data or {}, verdict.outputs, client,
-                                     interruption=interruption)
+        return self.executor.execute(
+            "prompt", prompt, extra_data or {}, verdict.outputs, client, interruption=interruption
+        )
 
     def shown(self, prompt: Prompt, node_id: str, **options: Any) -> list[Any]:
         """What the node Show displays after a run that must succeed."""
         result = self.run(prompt, **options)
         assert result.status == "success", result.messages
         return result.outputs[node_id]["values"]
-
 
     def error_of(self, result: ExecutionResult) -> dict[str, Any]:
         """The data of the error that ended a prompt; like all events it must go through JSON."""
@@ -167,8 +185,12 @@ def toys() -> Toys:
     toys.add("Text", lambda text: (text,), {"text": ("STRING", {})}, ("STRING",))
     toys.add("Add", lambda a, b: (a + b,), {"a": number, "b": number})
     toys.add("Numbers", lambda count: (list(range(count)),), {"count": number}, OUTPUT_IS_LIST=(True,))
-    toys.add("Block", lambda value, at, message="": (ExecutionBlocker(message or None) if value == at else value,),
-             {"value": number, "at": number}, optional={"message": ("STRING", {})})
+    toys.add(
+        "Block",
+        lambda value, at, message="": (ExecutionBlocker(message or None) if value == at else value,),
+        {"value": number, "at": number},
+        optional={"message": ("STRING", {})},
+    )
     toys.add_output("Show", lambda value: {"ui": {"values": [value]}}, {"value": ("*", {})})
     return toys
 
@@ -182,8 +204,12 @@ def choose(toys: Toys) -> None:
         return ["a"] if first else ["b"]
 
     lazy = ("INT", {"lazy": True})
-    toys.add("Choose", lambda first, a=None, b=None: (a if first else b,),
-             {"first": ("BOOLEAN", {}), "a": lazy, "b": lazy}, check_lazy_status=check_lazy_status)
+    toys.add(
+        "Choose",
+        lambda first, a=None, b=None: (a if first else b,),
+        {"first": ("BOOLEAN", {}), "a": lazy, "b": lazy},
+        check_lazy_status=check_lazy_status,
+    )
     toys.add("Left", lambda: (1,))
     toys.add("Right", lambda: (2,))
 

@@ -105,8 +105,17 @@ def test_asynchronous_nodes_in_an_expansion_overlap(bench, prompt, toys):
         return (value,)
 
     toys.add("Meet", meet, toys.NUMBER)
-    toys.add("Both", lambda: {"result": (["sum", 0],), "expand": {
-        "sum": node("Add", a=["m1", 0], b=["m2", 0]), "m1": node("Meet", value=1), "m2": node("Meet", value=2)}})
+    toys.add(
+        "Both",
+        lambda: {
+            "result": (["sum", 0],),
+            "expand": {
+                "sum": node("Add", a=["m1", 0], b=["m2", 0]),
+                "m1": node("Meet", value=1),
+                "m2": node("Meet", value=2),
+            },
+        },
+    )
     prompt.add("Show", "show", value=[prompt.add("Both"), 0])
     assert bench.shown(prompt, "show") == [3]
 
@@ -180,7 +189,11 @@ def test_a_node_stops_at_its_next_step(bench, prompt, toys, embedded):
     _, data, client = bench.events.events[-1]
     assert client is None
     assert {key: data[key] for key in ("prompt_id", "node_id", "node_type", "executed")} == {
-        "prompt_id": "prompt", "node_id": "work", "node_type": "Work", "executed": []}
+        "prompt_id": "prompt",
+        "node_id": "work",
+        "node_type": "Work",
+        "executed": [],
+    }
     assert [name for name, _ in result.messages] == ["execution_start", "execution_cached", "execution_interrupted"]
     steps.clear()
     assert bench.run(prompt).status == "success", "an interruption is over with its prompt"

@@ -87,8 +87,12 @@ def test_ids_count_where_the_class_says_so(bench, toys, prompt, options):
 
 def test_is_changed(bench, toys, prompt):
     version = [1]
-    toys.add("File", lambda name: (version[0],), {"name": ("STRING", {})},
-             IS_CHANGED=classmethod(lambda cls, name: version[0]))
+    toys.add(
+        "File",
+        lambda name: (version[0],),
+        {"name": ("STRING", {})},
+        IS_CHANGED=classmethod(lambda cls, name: version[0]),
+    )
     prompt.add("Show", "show", value=[prompt.add("File", name="x"), 0])
     assert bench.shown(prompt, "show") == [1]
     assert bench.shown(prompt, "show") == [1] and toys.calls == []
@@ -96,8 +100,18 @@ def test_is_changed(bench, toys, prompt):
     assert bench.shown(prompt, "show") == [2] and toys.calls == ["File", "Show"]
 
 
-@pytest.mark.parametrize("value, runs", [(NEVER_SAME, True), (b"hash", False), ({"a", "b"}, False), (None, False),
-                                         ((1, (2, "x")), False), (object(), True), ([0.5, NEVER_SAME], True)])
+@pytest.mark.parametrize(
+    "value, runs",
+    [
+        (NEVER_SAME, True),
+        (b"hash", False),
+        ({"a", "b"}, False),
+        (None, False),
+        ((1, (2, "x")), False),
+        (object(), True),
+        ([0.5, NEVER_SAME], True),
+    ],
+)
 def test_what_is_changed_may_return(bench, toys, prompt, value, runs):
     toys.add("File", lambda: (1,), IS_CHANGED=classmethod(lambda cls: value))
     prompt.add("Show", "show", value=[prompt.add("File"), 0])
@@ -108,8 +122,12 @@ def test_what_is_changed_may_return(bench, toys, prompt, value, runs):
 
 def test_is_changed_sees_none_for_links(bench, toys, prompt):
     seen = []
-    toys.add("File", lambda value, scale: (value * scale,), {"value": ("INT", {}), "scale": ("INT", {})},
-             IS_CHANGED=classmethod(lambda cls, value, scale: seen.append((value, scale))))
+    toys.add(
+        "File",
+        lambda value, scale: (value * scale,),
+        {"value": ("INT", {}), "scale": ("INT", {})},
+        IS_CHANGED=classmethod(lambda cls, value, scale: seen.append((value, scale))),
+    )
     prompt.add("Number", value=3)
     prompt.add("Show", "show", value=[prompt.add("File", value=["1", 0], scale=2), 0])
     bench.run(prompt)

@@ -80,8 +80,12 @@ def test_an_empty_list_means_no_call(bench, prompt, toys):
 
 
 def test_input_is_list(bench, prompt, toys):
-    toys.add("Sum", lambda values, scale: (sum(values) * scale[0],),
-             {"values": ("INT", {}), "scale": ("INT", {})}, INPUT_IS_LIST=True)
+    toys.add(
+        "Sum",
+        lambda values, scale: (sum(values) * scale[0],),
+        {"values": ("INT", {}), "scale": ("INT", {})},
+        INPUT_IS_LIST=True,
+    )
     prompt.add("Numbers", count=4)
     prompt.add("Show", "show", value=[prompt.add("Sum", values=["1", 0], scale=2), 0])
     assert bench.shown(prompt, "show") == [12]

@@ -11,16 +11,26 @@ from fluxcanvas.web.host.embedded import Interrupted, executing
 def test_the_events_of_a_prompt(bench, chain):
     result = bench.run(chain)
     assert bench.events.story() == [
-        "execution_start", "execution_cached",
-        "progress_state", "executing 1", "progress_state",
-        "progress_state", "executing 2", "progress_state",
-        "progress_state", "executing 3", "executed 3", "progress_state",
-        "execution_success"]
+        "execution_start",
+        "execution_cached",
+        "progress_state",
+        "executing 1",
+        "progress_state",
+        "progress_state",
+        "executing 2",
+        "progress_state",
+        "progress_state",
+        "executing 3",
+        "executed 3",
+        "progress_state",
+        "execution_success",
+    ]
     assert {client for _, _, client in bench.events.events} == {"client"}
     assert all(data["prompt_id"] == "prompt" for _, data, _ in bench.events.events)
     assert bench.events.of("executing")[0] == {"prompt_id": "prompt", "node": "1", "display_node": "1"}
     assert bench.events.of("executed") == [
-        {"prompt_id": "prompt", "node": "3", "display_node": "3", "output": {"values": [5]}}]
+        {"prompt_id": "prompt", "node": "3", "display_node": "3", "output": {"values": [5]}}
+    ]
     assert result.status == "success"
     assert result.outputs == {"3": {"values": [5]}}
     assert result.meta == {"3": {"node_id": "3", "display_node": "3", "parent_node": None, "real_node_id": "3"}}
@@ -30,15 +40,27 @@ def test_the_events_of_a_prompt(bench, chain):
 
 def test_progress_states_are_cumulative(bench, chain):
     bench.run(chain)
-    states = [{node: state["state"] for node, state in data["nodes"].items()}
-              for data in bench.events.of("progress_state")]
+    states = [
+        {node: state["state"] for node, state in data["nodes"].items()} for data in bench.events.of("progress_state")
+    ]
     assert states == [
-        {"1": "running"}, {"1": "finished"},
-        {"1": "finished", "2": "running"}, {"1": "finished", "2": "finished"},
-        {"1": "finished", "2": "finished", "3": "running"}, {"1": "finished", "2": "finished", "3": "finished"}]
+        {"1": "running"},
+        {"1": "finished"},
+        {"1": "finished", "2": "running"},
+        {"1": "finished", "2": "finished"},
+        {"1": "finished", "2": "finished", "3": "running"},
+        {"1": "finished", "2": "finished", "3": "finished"},
+    ]
     assert bench.events.of("progress_state")[0]["nodes"]["1"] == {
-        "value": 0.0, "max": 1.0, "state": "running", "prompt_id": "prompt", "node_id": "1", "display_node_id": "1",
-        "parent_node_id": None, "real_node_id": "1"}
+        "value": 0.0,
+        "max": 1.0,
+        "state": "running",
+        "prompt_id": "prompt",
+        "node_id": "1",
+        "display_node_id": "1",
+        "parent_node_id": None,
+        "real_node_id": "1",
+    }
 
 
 def test_progress_preview_and_text_of_a_node(bench, toys, prompt, embedded):
@@ -51,15 +73,32 @@ def test_progress_preview_and_text_of_a_node(bench, toys, prompt, embedded):
     prompt.add("Show", "show", value=[prompt.add("Work"), 0])
     bench.run(prompt)
     assert bench.events.story()[2:9] == [
-        "progress_state", "executing 1", "progress_state", "progress 1", "preview", "text 1", "progress_state"]
+        "progress_state",
+        "executing 1",
+        "progress_state",
+        "progress 1",
+        "preview",
+        "text 1",
+        "progress_state",
+    ]
     assert bench.events.of("progress") == [{"prompt_id": "prompt", "value": 1, "max": 2, "node": "1"}]
     assert bench.events.of("preview") == [
-        {"image": "picture", "node_id": "1", "display_node_id": "1", "parent_node_id": None, "real_node_id": "1",
-         "prompt_id": "prompt"}]
+        {
+            "image": "picture",
+            "node_id": "1",
+            "display_node_id": "1",
+            "parent_node_id": None,
+            "real_node_id": "1",
+            "prompt_id": "prompt",
+        }
+    ]
     assert bench.events.of("text") == [{"text": "half way", "node": "1", "prompt_id": "prompt"}]
     states = [data["nodes"]["1"] for data in bench.events.of("progress_state")[:3]]
     assert [(state["value"], state["max"], state["state"]) for state in states] == [
-        (0.0, 1.0, "running"), (1, 2, "running"), (2, 2, "finished")]
+        (0.0, 1.0, "running"),
+        (1, 2, "running"),
+        (2, 2, "finished"),
+    ]
 
 
 def test_without_a_client_nothing_but_broadcasts_is_sent(bench, chain, toys, embedded):
@@ -88,7 +127,13 @@ def test_one_output_is_finished_before_the_next_begins(bench, toys, prompt):
         prompt.add("Show", f"show {branch}", value=[f"add {branch}", 0])
     bench.run(prompt)
     assert [data["node"] for data in bench.events.of("executing")] == [
-        "load a", "add a", "show a", "load b", "add b", "show b"]
+        "load a",
+        "add a",
+        "show a",
+        "load b",
+        "add b",
+        "show b",
+    ]
 
 
 def test_only_what_outputs_need_is_executed(bench, chain, toys):
@@ -140,8 +185,13 @@ def test_ui_that_is_no_list_becomes_one(bench, toys, prompt):
 
 
 def test_hidden_inputs(bench, toys, prompt):
-    hidden = {"me": "UNIQUE_ID", "all": "PROMPT", "info": "EXTRA_PNGINFO", "graph": "DYNPROMPT",
-              "token": "AUTH_TOKEN_COMFY_ORG"}
+    hidden = {
+        "me": "UNIQUE_ID",
+        "all": "PROMPT",
+        "info": "EXTRA_PNGINFO",
+        "graph": "DYNPROMPT",
+        "token": "AUTH_TOKEN_COMFY_ORG",
+    }
 
     def look(me, all, info, graph, token):
         return {"ui": {"values": [me, sorted(all), info, graph.get_node(me)["class_type"], token]}}

@@ -16,8 +16,10 @@ def node(class_type, **inputs):
 
 def test_a_node_may_expand_into_a_graph(bench, prompt, toys):
     def expand(value):
-        return {"result": (["x.sum", 0], 7), "expand": {"x.sum": node("Add", a=value, b=["x.one", 0]),
-                                                        "x.one": node("Number", value=1)}}
+        return {
+            "result": (["x.sum", 0], 7),
+            "expand": {"x.sum": node("Add", a=value, b=["x.one", 0]), "x.one": node("Number", value=1)},
+        }
 
     toys.add("Plus", expand, toys.NUMBER, returns=("INT", "INT"))
     prompt.add("Plus", "plus", value=4)
@@ -29,7 +31,10 @@ def test_a_node_may_expand_into_a_graph(bench, prompt, toys):
     states = bench.events.of("progress_state")[-1]["nodes"]
     assert states["x.sum"]["display_node_id"] == states["x.sum"]["parent_node_id"] == "plus"
     assert [(data["node"], data["display_node"]) for data in bench.events.of("executing")][:3] == [
-        ("plus", "plus"), ("x.one", "plus"), ("x.sum", "plus")]
+        ("plus", "plus"),
+        ("x.one", "plus"),
+        ("x.sum", "plus"),
+    ]
     bench.run(prompt)
     assert toys.calls == []
 
@@ -56,8 +61,13 @@ def count_down(remaining, total, me):
     if remaining == 0:
         return (total,)
     add, again = f"{me}.add", f"{me}.again"
-    return {"result": ([again, 0],), "expand": {add: node("Add", a=total, b=remaining),
-                                                again: node("Loop", remaining=remaining - 1, total=[add, 0])}}
+    return {
+        "result": ([again, 0],),
+        "expand": {
+            add: node("Add", a=total, b=remaining),
+            again: node("Loop", remaining=remaining - 1, total=[add, 0]),
+        },
+    }
 
 
 @pytest.mark.parametrize("times", [0, 1, 5, 300])
@@ -76,15 +86,24 @@ def copy_loop(opening, remaining, value, graph, me):
     def leads_back(node_id):
         return node_id == opening[0] or any(leads_back(source) for _, source, _ in links(graph.get_node(node_id)))
 
-    inside = [node_id for node_id in graph.all_node_ids() if node_id == opening[0] or (
-        graph.get_parent_node_id(node_id) == graph.get_parent_node_id(me) and leads_back(node_id)
-        and graph.get_node(node_id)["class_type"] != "Show")]
+    inside = [
+        node_id
+        for node_id in graph.all_node_ids()
+        if node_id == opening[0]
+        or (
+            graph.get_parent_node_id(node_id) == graph.get_parent_node_id(me)
+            and leads_back(node_id)
+            and graph.get_node(node_id)["class_type"] != "Show"
+        )
+    ]
     names = {node_id: f"{me}>{'again' if node_id == me else node_id.split('>')[-1]}" for node_id in inside}
     expanded = {}
     for node_id, name in names.items():
         original = graph.get_node(node_id)
-        inputs = {key: [names.get(given[0], given[0]), given[1]] if is_link(given) else given
-                  for key, given in original["inputs"].items()}
+        inputs = {
+            key: [names.get(given[0], given[0]), given[1]] if is_link(given) else given
+            for key, given in original["inputs"].items()
+        }
         expanded[name] = {"class_type": original["class_type"], "inputs": inputs, "override_display_id": node_id}
     expanded[names[opening[0]]]["inputs"] = {"remaining": remaining, "value": value}
     return {"result": ([names[me], 0],), "expand": expanded}
@@ -95,17 +114,26 @@ def copy_loop(opening, remaining, value, graph, me):
 def test_a_loop_that_copies_the_nodes_between_two_others(bench, prompt, toys, times, cache):
     bench.use_cache(cache)
     toys.add("Source", lambda: (1000,), IS_CHANGED=classmethod(lambda cls: NEVER_SAME))
-    toys.add("Open", lambda remaining, value: ("flow", remaining - 1, value),
-             {"remaining": ("INT", {}), "value": ("*",)}, returns=("FLOW", "INT", "*"))
-    toys.add("Close", copy_loop, {"opening": ("FLOW", {"rawLink": True}), "remaining": ("INT", {}), "value": ("*",)},
-             returns=("*",), hidden={"graph": "DYNPROMPT", "me": "UNIQUE_ID"})
+    toys.add(
+        "Open",
+        lambda remaining, value: ("flow", remaining - 1, value),
+        {"remaining": ("INT", {}), "value": ("*",)},
+        returns=("FLOW", "INT", "*"),
+    )
+    toys.add(
+        "Close",
+        copy_loop,
+        {"opening": ("FLOW", {"rawLink": True}), "remaining": ("INT", {}), "value": ("*",)},
+        returns=("*",),
+        hidden={"graph": "DYNPROMPT", "me": "UNIQUE_ID"},
+    )
     toys.add("Halve", lambda value: (value / 2,), {"value": ("*",)}, returns=("*",))
     prompt.add("Open", "open", remaining=times, value=[prompt.add("Source", "source"), 0])
     prompt.add("Halve", "halve", value=["open", 2])
     prompt.add("Close", "close", opening=["open", 0], remaining=["open", 1], value=["halve", 0])
     prompt.add("Show", "show", value=["close", 0])
     for _ in range(2):
-        assert bench.shown(prompt, "show") == [1000 / 2 ** times]
+        assert bench.shown(prompt, "show") == [1000 / 2**times]
         assert toys.calls.count("Halve") == times
         assert {data["display_node"] for data in bench.events.of("executing")} == set(prompt)
 
@@ -124,8 +152,10 @@ def test_calls_over_a_list_may_expand_or_not(bench, prompt, toys):
     prompt.add("Show", "show", value=["mixed", 0])
     prompt.add("Show", "names", value=["mixed", 1])
     result = bench.run(prompt)
-    assert result.outputs == {"show": {"values": [100, 101, 102, 103]},
-                              "names": {"values": ["plain", "dict", "expanded", "expanded"]}}
+    assert result.outputs == {
+        "show": {"values": [100, 101, 102, 103]},
+        "names": {"values": ["plain", "dict", "expanded", "expanded"]},
+    }
 
 
 def test_a_list_from_an_expansion(bench, prompt, toys):
@@ -140,18 +170,29 @@ def test_outputs_in_an_expansion_run_and_show(bench, prompt, toys):
     result = bench.run(prompt)
     assert result.outputs == {"report": {"own": [1]}, "x": {"values": [9]}}
     assert result.meta["x"] == {
-        "node_id": "x", "display_node": "report", "parent_node": "report", "real_node_id": "report"}
+        "node_id": "x",
+        "display_node": "report",
+        "parent_node": "report",
+        "real_node_id": "report",
+    }
     assert [(data["node"], data["display_node"]) for data in bench.events.of("executed")] == [
-        ("report", "report"), ("x", "report")]
+        ("report", "report"),
+        ("x", "report"),
+    ]
 
 
 def test_an_expansion_may_use_objects_and_lazy_nodes(bench, prompt, toys, choose):
     value = object()
 
     def expand():
-        return {"result": (["c", 0],), "expand": {
-            "c": node("Choose", first=True, a=["s", 0], b=["r", 0]),
-            "s": node("Same", value=value), "r": node("Right")}}
+        return {
+            "result": (["c", 0],),
+            "expand": {
+                "c": node("Choose", first=True, a=["s", 0], b=["r", 0]),
+                "s": node("Same", value=value),
+                "r": node("Right"),
+            },
+        }
 
     toys.add("Same", lambda value: (value,), {"value": ("*", {})})
     toys.add("Objects", expand)
@@ -160,15 +201,18 @@ def test_an_expansion_may_use_objects_and_lazy_nodes(bench, prompt, toys, choose
     assert "Right" not in toys.calls
 
 
-@pytest.mark.parametrize("expand, words", [
-    ({"a": node("Add", a=["b", 0], b=1), "b": node("Add", a=["a", 0], b=1)}, "circle"),
-    ({"a": node("Add", a=["show", 0], b=1)}, "wait for each other"),
-    ({"a": node("Add", a=["gone", 0], b=1)}, "no node gone"),
-    ({"a": node("Gone")}, "no known class"),
-    ({"a": None}, "no known class"),
-    ({"show": node("Number", value=1)}, "exists already"),
-    ({}, "no node a"),
-])
+@pytest.mark.parametrize(
+    "expand, words",
+    [
+        ({"a": node("Add", a=["b", 0], b=1), "b": node("Add", a=["a", 0], b=1)}, "circle"),
+        ({"a": node("Add", a=["show", 0], b=1)}, "wait for each other"),
+        ({"a": node("Add", a=["gone", 0], b=1)}, "no node gone"),
+        ({"a": node("Gone")}, "no known class"),
+        ({"a": None}, "no known class"),
+        ({"show": node("Number", value=1)}, "exists already"),
+        ({}, "no node a"),
+    ],
+)
 def test_a_bad_expansion_is_the_fault_of_its_node(bench, prompt, toys, expand, words):
     toys.add("Bad", lambda: {"result": (["a", 0],), "expand": expand})
     toys["Show"].RETURN_TYPES = ("INT",)

@@ -15,8 +15,18 @@ def test_the_error_of_a_node(bench, chain, toys, caplog):
     toys.add("Add", lambda a, b: [][a], {"a": ("INT", {}), "b": ("FLOAT", {})})
     result = bench.run(chain)
     error = bench.error_of(result)
-    assert set(error) == {"prompt_id", "node_id", "node_type", "executed", "exception_message", "exception_type",
-                          "traceback", "current_inputs", "current_outputs", "timestamp"}
+    assert set(error) == {
+        "prompt_id",
+        "node_id",
+        "node_type",
+        "executed",
+        "exception_message",
+        "exception_type",
+        "traceback",
+        "current_inputs",
+        "current_outputs",
+        "timestamp",
+    }
     assert (error["node_id"], error["node_type"], error["executed"]) == ("2", "Add", ["1"])
     assert error["exception_message"] == "list index out of range" and error["exception_type"] == "IndexError"
     assert error["current_inputs"] == {"a": [2], "b": [3.0]} and error["current_outputs"] == ["1"]
@@ -44,12 +54,15 @@ def fail_with(error):
     return fail
 
 
-@pytest.mark.parametrize("error, message, kind", [
-    (KeyError("size"), "KeyError: 'size'", "KeyError"),
-    (AssertionError(), "AssertionError: no further explanation", "AssertionError"),
-    (FluxError("the file is missing"), "the file is missing", "fluxcanvas.flux_runtime.errors.FluxError"),
-    (SystemExit("not a way out"), "not a way out", "SystemExit"),
-])
+@pytest.mark.parametrize(
+    "error, message, kind",
+    [
+        (KeyError("size"), "KeyError: 'size'", "KeyError"),
+        (AssertionError(), "AssertionError: no further explanation", "AssertionError"),
+        (FluxError("the file is missing"), "the file is missing", "fluxcanvas.flux_runtime.errors.FluxError"),
+        (SystemExit("not a way out"), "not a way out", "SystemExit"),
+    ],
+)
 def test_messages_and_types(bench, prompt, toys, error, message, kind):
     toys.add_output("Fail", fail_with(error), {})
     prompt.add("Fail")
@@ -67,10 +80,15 @@ def test_inputs_in_an_error_are_short_and_go_through_json(bench, prompt, toys):
     assert (inputs["flag"], inputs["none"]) == ([True], [None])
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError("no more"), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no more"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    ],
+)
 def test_out_of_memory_frees_and_says_so(bench, chain, toys, error):
     toys.add("Add", fail_with(error), {"value": ("INT", {})}, optional={"a": ("INT", {}), "b": ("INT", {})})
     toys["Add"].run = lambda self, **inputs: fail_with(error)()

@@ -13,8 +13,10 @@ def test_links(value):
     assert is_link(value)
 
 
-@pytest.mark.parametrize("value", [[1, 0], ["1"], ["1", 0, 0], ["1", True], ["1", "0"], ["1", 0.5], ("1", 0), "1", None,
-                                   {"__value__": ["1", 0]}])
+@pytest.mark.parametrize(
+    "value",
+    [[1, 0], ["1"], ["1", 0, 0], ["1", True], ["1", "0"], ["1", 0.5], ("1", 0), "1", None, {"__value__": ["1", 0]}],
+)
 def test_literals(value):
     assert not is_link(value)
 

@@ -144,6 +144,12 @@ class Lenient:
         return images
 
 
+@pytest.fixture(autouse=True)
+def lenient(monkeypatch):
+    """For each of these tests alone: others check the real thing in the same process."""
+    monkeypatch.setattr(IntegrityChecker, "load", lambda *sources, **options: Lenient())
+
+
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     threads = torch.get_num_threads()
@@ -154,9 +160,7 @@ def bench(tmp_path_factory):
         with Image.open(path) as picture:
             picture.resize((SIDE, SIDE), Image.Resampling.BOX).save(path.with_name(small(path.name)))
     runner = Runner(folders, device="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IntegrityChecker, "load", lambda *sources, **options: Lenient())
-        yield Bench(runner, object_info(runner.packs.nodes, runner.packs.display_names))
+    yield Bench(runner, object_info(runner.packs.nodes, runner.packs.display_names))
     folders.close()
     torch.set_num_threads(threads)
 

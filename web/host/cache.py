@@ -52,8 +52,11 @@ class ClassicCache:
     def begin(self, signatures: Iterable[str]) -> None:
         wanted = set(signatures)
         with self._lock:
-            self._entries = {signature: (entry, owner) for signature, (entry, owner) in self._entries.items()
-                             if signature in wanted or owner in wanted}
+            self._entries = {
+                signature: (entry, owner)
+                for signature, (entry, owner) in self._entries.items()
+                if signature in wanted or owner in wanted
+            }
 
     def get(self, signature: str | None) -> Entry | None:
         with self._lock:

@@ -49,18 +49,30 @@ class InputChecker:
         node = self._prompt[node_id]
         spec = self._specs[node["class_type"]]
         custom = _Custom(spec)
-        problems = [found for declared in spec.inputs.values()
-                    for found in self._check_declared(declared, node["inputs"], custom)]
-        problems += [found for name, value in node["inputs"].items() if name not in spec.inputs and is_link(value)
-                     for found in self._check_end(name, value, None)]
+        problems = [
+            found
+            for declared in spec.inputs.values()
+            for found in self._check_declared(declared, node["inputs"], custom)
+        ]
+        problems += [
+            found
+            for name, value in node["inputs"].items()
+            if name not in spec.inputs and is_link(value)
+            for found in self._check_end(name, value, None)
+        ]
         return problems or await self._check_custom(node_id, spec, custom)
 
     def _check_declared(self, declared: InputSpec, inputs: dict[str, Any], custom: _Custom) -> Iterator[Problem]:
         value = inputs.get(declared.name)
         if value is None:
             if declared.required:
-                yield problem("required_input_missing", "A required input is missing", declared.name,
-                              input_name=declared.name, input_config=declared.config)
+                yield problem(
+                    "required_input_missing",
+                    "A required input is missing",
+                    declared.name,
+                    input_name=declared.name,
+                    input_config=declared.config,
+                )
         elif isinstance(value, list):
             yield from self._check_link(declared, value, custom)
         else:
@@ -73,10 +85,15 @@ class InputChecker:
             return
         received = self._type_of(link)
         if not fits(received, declared.type):
-            yield problem("return_type_mismatch", "The linked output has another type than the input",
-                          f"{declared.name}: {_type_name(received)} is linked to {_type_name(declared.type)}",
-                          input_name=declared.name, input_config=declared.config,
-                          received_type=_type_name(received), linked_node=link)
+            yield problem(
+                "return_type_mismatch",
+                "The linked output has another type than the input",
+                f"{declared.name}: {_type_name(received)} is linked to {_type_name(declared.type)}",
+                input_name=declared.name,
+                input_config=declared.config,
+                received_type=_type_name(received),
+                linked_node=link,
+            )
 
     def _check_end(self, name: str, link: list[Any], config: Any) -> Iterator[Problem]:
         """A link must lead to an output that exists."""
@@ -87,8 +104,14 @@ class InputChecker:
         else:
             fault = self._missing_slot(link)
         if fault:
-            yield problem("bad_linked_input", "The input is linked to something that is not there",
-                          f"{name}: {fault}", input_name=name, input_config=config, received_value=link)
+            yield problem(
+                "bad_linked_input",
+                "The input is linked to something that is not there",
+                f"{name}: {fault}",
+                input_name=name,
+                input_config=config,
+                received_value=link,
+            )
 
     def _missing_slot(self, link: list[Any]) -> str:
         class_type = self._prompt[link[0]]["class_type"]
@@ -111,10 +134,17 @@ class InputChecker:
         asked = {**judged, "input_types": (self._received_types(node_id, spec),)} if custom.judges_types else judged
         answers = await call_each(custom.function, asked, whole=spec.wants_lists)
         refusals = [answer for answer in answers if answer is not True and not is_blocker(answer)]
-        return [problem("custom_validation_failed", "The node does not accept its inputs",
-                        f"{name} - {refusal}" if isinstance(refusal, str) else name,
-                        input_name=name, input_config=spec.inputs[name].config if name in spec.inputs else None)
-                for refusal in refusals for name in judged or spec.inputs]
+        return [
+            problem(
+                "custom_validation_failed",
+                "The node does not accept its inputs",
+                f"{name} - {refusal}" if isinstance(refusal, str) else name,
+                input_name=name,
+                input_config=spec.inputs[name].config if name in spec.inputs else None,
+            )
+            for refusal in refusals
+            for name in judged or spec.inputs
+        ]
 
     def _received_types(self, node_id: str, spec: NodeSpec) -> dict[str, Any]:
         inputs = self._prompt[node_id]["inputs"]
@@ -147,8 +177,13 @@ def _check_literal(declared: InputSpec, value: Any, judged_by_node: bool) -> Ite
             raise ValueError(f"{value!r} is not a finite number")
     except ValueError as error:
         about["received_value"] = short(value)  # JSON has no word for NaN and infinity
-        yield problem("invalid_input_type", f"The value is not of the type {_type_name(declared.type)}",
-                      f"{declared.name}: {error}", **about, exception_message=str(error))
+        yield problem(
+            "invalid_input_type",
+            f"The value is not of the type {_type_name(declared.type)}",
+            f"{declared.name}: {error}",
+            **about,
+            exception_message=str(error),
+        )
         return
     if not judged_by_node:
         yield from _check_range(declared, value, about)
@@ -160,11 +195,19 @@ def _check_range(declared: InputSpec, value: Any, about: dict[str, Any]) -> Iter
         return
     smallest, largest = declared.options.get("min"), declared.options.get("max")
     if smallest is not None and value < smallest:
-        yield problem("value_smaller_than_min", f"The value {value} is smaller than the minimum of {smallest}",
-                      declared.name, **about)
+        yield problem(
+            "value_smaller_than_min",
+            f"The value {value} is smaller than the minimum of {smallest}",
+            declared.name,
+            **about,
+        )
     if largest is not None and value > largest:
-        yield problem("value_bigger_than_max", f"The value {value} is bigger than the maximum of {largest}",
-                      declared.name, **about)
+        yield problem(
+            "value_bigger_than_max",
+            f"The value {value} is bigger than the maximum of {largest}",
+            declared.name,
+            **about,
+        )
 
 
 def _check_choice(declared: InputSpec, value: Any, about: dict[str, Any]) -> Iterator[Problem]:
@@ -175,9 +218,12 @@ def _check_choice(declared: InputSpec, value: Any, about: dict[str, Any]) -> Ite
         if chosen not in choices:
             few = len(choices) <= CHOICES_SHOWN
             offered = str(choices) if few else f"the {len(choices)} choices"
-            yield problem("value_not_in_list", "The value is not among the choices",
-                          f"{declared.name}: {short(chosen)} is not in {offered}",
-                          **{**about, "input_config": declared.config if few else None})
+            yield problem(
+                "value_not_in_list",
+                "The value is not among the choices",
+                f"{declared.name}: {short(chosen)} is not in {offered}",
+                **{**about, "input_config": declared.config if few else None},
+            )
 
 
 def _type_name(kind: Any) -> str:

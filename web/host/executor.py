@@ -72,8 +72,16 @@ class Executor:
         self._cache.clear()
         self._instances.clear()
 
-    def execute(self, prompt_id: str, prompt: Prompt, extra_data: Mapping[str, Any], outputs: Sequence[str],
-                client_id: str | None = None, *, interruption: Interruption | None = None) -> ExecutionResult:
+    def execute(
+        self,
+        prompt_id: str,
+        prompt: Prompt,
+        extra_data: Mapping[str, Any],
+        outputs: Sequence[str],
+        client_id: str | None = None,
+        *,
+        interruption: Interruption | None = None,
+    ) -> ExecutionResult:
         """Execute the nodes `outputs` of a validated prompt and what they need. Errors of nodes end up in the result.
 
         Events go to `client_id`; without one only broadcasts are sent.
@@ -86,8 +94,14 @@ class Executor:
         status = self._conclude(reporter, failure)
         return ExecutionResult(status, reporter.outputs, reporter.messages, reporter.meta)
 
-    def _run(self, graph: Graph, reporter: Reporter, extra_data: Mapping[str, Any], outputs: Sequence[str],
-             interruption: Interruption) -> Failure | None:
+    def _run(
+        self,
+        graph: Graph,
+        reporter: Reporter,
+        extra_data: Mapping[str, Any],
+        outputs: Sequence[str],
+        interruption: Interruption,
+    ) -> Failure | None:
         """Run to the end, or say what came between."""
         import torch
 
@@ -104,8 +118,9 @@ class Executor:
             return self._explain(graph, reporter, run.current or outputs[0], error, {})
         return None
 
-    def _explain(self, graph: Graph, reporter: Reporter, node_id: str, error: BaseException,
-                 inputs: Mapping[str, Sequence[Any]]) -> Failure:
+    def _explain(
+        self, graph: Graph, reporter: Reporter, node_id: str, error: BaseException, inputs: Mapping[str, Sequence[Any]]
+    ) -> Failure:
         """Put a failure on the node of the prompt that the user sees."""
         shown = graph.get_real_node_id(node_id)
         node_type = graph.get_node(shown)["class_type"]
@@ -113,8 +128,14 @@ class Executor:
         if not failure.interrupted:
             reporter.node_failed(node_id)
             where = "".join(failure.report["traceback"])  # as text: a log record must not keep the node's values alive
-            log.error("node %s (%s) failed: %s\n%s", shown, node_type, failure.message, where.rstrip(),
-                      extra={NODE_FAILURE: True})
+            log.error(
+                "node %s (%s) failed: %s\n%s",
+                shown,
+                node_type,
+                failure.message,
+                where.rstrip(),
+                extra={NODE_FAILURE: True},
+            )
         return failure
 
     def _conclude(self, reporter: Reporter, failure: Failure | None) -> Status:

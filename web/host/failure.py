@@ -24,18 +24,25 @@ class Failure:
     report: dict[str, Any]
 
 
-def explain(node_id: str, node_type: str, error: BaseException, inputs: Mapping[str, Sequence[Any]],
-            finished: Sequence[str]) -> Failure:
+def explain(
+    node_id: str, node_type: str, error: BaseException, inputs: Mapping[str, Sequence[Any]], finished: Sequence[str]
+) -> Failure:
     """Describe what a node raised when it was called with these inputs; `finished` are the nodes that have results."""
     full = is_out_of_memory(error)
     message = f"{_message(error)} ({_relief(node_id, node_type)})" if full else _message(error)
-    return Failure(node_id, message, isinstance(error, (Interrupted, KeyboardInterrupt)), full, {
-        "exception_message": message,
-        "exception_type": _type_name(error),
-        "traceback": traceback.format_tb(error.__traceback__),
-        "current_inputs": {name: [_describe(value) for value in values] for name, values in inputs.items()},
-        "current_outputs": list(finished),
-    })
+    return Failure(
+        node_id,
+        message,
+        isinstance(error, (Interrupted, KeyboardInterrupt)),
+        full,
+        {
+            "exception_message": message,
+            "exception_type": _type_name(error),
+            "traceback": traceback.format_tb(error.__traceback__),
+            "current_inputs": {name: [_describe(value) for value in values] for name, values in inputs.items()},
+            "current_outputs": list(finished),
+        },
+    )
 
 
 def _message(error: BaseException) -> str:
@@ -45,8 +52,10 @@ def _message(error: BaseException) -> str:
 
 
 def _relief(node_id: str, node_type: str) -> str:
-    return (f"node {node_id}, {node_type}, ran out of memory; what was cached has been freed now: run it again, "
-            "and if that does not help use a smaller size, fewer images at once or a quantised model")
+    return (
+        f"node {node_id}, {node_type}, ran out of memory; what was cached has been freed now: run it again, "
+        "and if that does not help use a smaller size, fewer images at once or a quantised model"
+    )
 
 
 def _type_name(error: BaseException) -> str:

@@ -18,8 +18,13 @@ class GraphError(FluxError):
 
 def is_link(value: Any) -> bool:
     """Whether an input's value is a link, ["node id", slot], rather than a literal."""
-    return (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-            and isinstance(value[1], int) and not isinstance(value[1], bool))
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and not isinstance(value[1], bool)
+    )
 
 
 def links(node: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
@@ -58,7 +63,7 @@ def walk(roots: Iterable[str], sources: Callable[[str], Iterable[str]]) -> tuple
 
 def _cycle(path: Iterable[str], node: str, source: str) -> list[str]:
     followed = list(path)
-    return [node, *followed[followed.index(source):-1]]
+    return [node, *followed[followed.index(source) : -1]]
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,10 @@ class Graph:
     def add(self, node_id: str, node: dict[str, Any], parent: str) -> None:
         """Add a node that `parent` expanded into; it is shown where the parent is, unless it says otherwise."""
         if self.has_node(node_id):
-            raise GraphError(f"the graph it expands into has a node {node_id}, which exists already; "
-                             "ids made by an expansion must be new")
+            raise GraphError(
+                f"the graph it expands into has a node {node_id}, which exists already; "
+                "ids made by an expansion must be new"
+            )
         display = self.get_display_node_id(node.get("override_display_id") or parent)
         self._added[node_id] = node
         self._origins[node_id] = Origin(parent, display, self.get_real_node_id(parent))

@@ -46,9 +46,13 @@ class Inputs:
         return Gathered({**values, **self._hidden(node_id, spec)}, frozenset(missing))
 
     def _hidden(self, node_id: str, spec: NodeSpec) -> dict[str, Sequence[Any]]:
-        offered = {"UNIQUE_ID": node_id, "PROMPT": self._graph.get_original_prompt(), "DYNPROMPT": self._graph,
-                   "EXTRA_PNGINFO": self._extra_data.get("extra_pnginfo"),
-                   **{kind: self._extra_data.get(key) for kind, key in TOKENS.items()}}
+        offered = {
+            "UNIQUE_ID": node_id,
+            "PROMPT": self._graph.get_original_prompt(),
+            "DYNPROMPT": self._graph,
+            "EXTRA_PNGINFO": self._extra_data.get("extra_pnginfo"),
+            **{kind: self._extra_data.get(key) for kind, key in TOKENS.items()},
+        }
         return {name: (offered[kind],) for name, kind in spec.hidden.items() if kind in offered}
 
 

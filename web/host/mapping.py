@@ -15,9 +15,14 @@ Values = Mapping[str, Sequence[Any]]  # every input is a list of values, most of
 Outputs = tuple[tuple[Any, ...], ...]  # for each slot the values it gave
 
 
-async def call_each(function: Callable[..., Any], inputs: Values, *, whole: bool,
-                    before: Callable[[int], None] = lambda index: None,
-                    blocked: Callable[[Any], Any] = lambda blocker: blocker) -> list[Any]:
+async def call_each(
+    function: Callable[..., Any],
+    inputs: Values,
+    *,
+    whole: bool,
+    before: Callable[[int], None] = lambda index: None,
+    blocked: Callable[[Any], Any] = lambda blocker: blocker,
+) -> list[Any]:
     """Call a function once for each element of its inputs, shorter lists repeating their last; `whole`: once with all.
 
     `before` is told the index of each call. Where an input blocks there is no call, and the result is what `blocked`
@@ -76,8 +81,10 @@ def _read_values(values: Any, spec: NodeSpec) -> tuple[Any, ...]:
         return ()
     if isinstance(values, (tuple, list)):
         return tuple(values)
-    raise TypeError(f"{spec.node_class.__name__}.{spec.function} returned {type(values).__name__}; "
-                    "a node function returns a tuple with one value for each output")
+    raise TypeError(
+        f"{spec.node_class.__name__}.{spec.function} returned {type(values).__name__}; "
+        "a node function returns a tuple with one value for each output"
+    )
 
 
 def slot_values(value: Any, slot: int, spec: NodeSpec) -> tuple[Any, ...]:
@@ -92,8 +99,9 @@ def _is_list(spec: NodeSpec, slot: int) -> bool:
 def join(calls: Sequence[Outputs], slots: int) -> Outputs:
     """The outputs of all calls, slot by slot one after another; without any call `slots` empty lists."""
     count = max((len(outputs) for outputs in calls), default=slots)
-    return tuple(tuple(value for outputs in calls if slot < len(outputs) for value in outputs[slot])
-                 for slot in range(count))
+    return tuple(
+        tuple(value for outputs in calls if slot < len(outputs) for value in outputs[slot]) for slot in range(count)
+    )
 
 
 def join_ui(calls: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

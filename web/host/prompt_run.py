@@ -43,8 +43,16 @@ class Expansion:
 class PromptRun:
     """Executes one prompt. Values between nodes are shared, so nothing here changes them."""
 
-    def __init__(self, graph: Graph, specs: Specs, cache: Cache, instances: Callable[[str, NodeSpec], Any],
-                 reporter: Reporter, extra_data: Mapping[str, Any], interruption: Interruption) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        specs: Specs,
+        cache: Cache,
+        instances: Callable[[str, NodeSpec], Any],
+        reporter: Reporter,
+        extra_data: Mapping[str, Any],
+        interruption: Interruption,
+    ) -> None:
         self._graph = graph
         self._specs = specs
         self._cache = cache
@@ -92,8 +100,9 @@ class PromptRun:
         try:
             return await call_each(spec.node_class.IS_CHANGED, values, whole=spec.wants_lists)
         except Exception as error:  # the node itself can still run, so its author's mistake only costs the cache
-            log.warning("IS_CHANGED of node %s (%s) failed, so it is never cached: %s",
-                        node_id, spec.node_class.__name__, error)
+            log.warning(
+                "IS_CHANGED of node %s (%s) failed, so it is never cached: %s", node_id, spec.node_class.__name__, error
+            )
             return NEVER
 
     # What has to run
@@ -131,8 +140,11 @@ class PromptRun:
     def _needs(self, node_id: str) -> list[str]:
         """The nodes whose results a node must have before it is asked anything."""
         spec = self._spec(node_id)
-        return [source for name, source, _ in links(self._graph.get_node(node_id))
-                if not spec.is_lazy(name) and not spec.is_raw_link(name)]
+        return [
+            source
+            for name, source, _ in links(self._graph.get_node(node_id))
+            if not spec.is_lazy(name) and not spec.is_raw_link(name)
+        ]
 
     def _spec(self, node_id: str) -> NodeSpec:
         return self._specs[self._graph.get_node(node_id)["class_type"]]
@@ -161,8 +173,10 @@ class PromptRun:
             elif self._tasks:
                 await asyncio.wait([*self._tasks, stop], return_when=asyncio.FIRST_COMPLETED)
             else:
-                raise GraphError(f"the nodes {', '.join(self._schedule.stuck()[:NODES_SHOWN])} wait for each other; "
-                                 "an expanded graph must not link to what depends on it")
+                raise GraphError(
+                    f"the nodes {', '.join(self._schedule.stuck()[:NODES_SHOWN])} wait for each other; "
+                    "an expanded graph must not link to what depends on it"
+                )
             self._collect()
 
     def _collect(self) -> None:
@@ -209,8 +223,11 @@ class PromptRun:
         """The nodes at the other end of the lazy inputs that a node asks for, of those that are not there."""
         answers = await self._call(node_id, instance.check_lazy_status, spec, gathered.values)
         names = {name for answer in answers if isinstance(answer, (list, tuple, set)) for name in answer}
-        return [source for name, source, _ in links(self._graph.get_node(node_id))
-                if name in names and name in gathered.missing]
+        return [
+            source
+            for name, source, _ in links(self._graph.get_node(node_id))
+            if name in names and name in gathered.missing
+        ]
 
     async def _call(self, node_id: str, function: Callable[..., Any], spec: NodeSpec, values: Values) -> list[Any]:
         """Call a node's method over its inputs, each call in the context in which the host knows whose it is."""
@@ -244,8 +261,14 @@ class PromptRun:
     async def _expand(self, node_id: str, calls: list[Returned]) -> list[str]:
         """Add the graphs that a node expanded into. Returns the nodes that it has to wait for."""
         added = [new for call in calls for new in self._graft(node_id, call.expand or {})]
-        order, cycles = walk(added, lambda new: [source for _, source, _ in links(self._graph.get_node(new))
-                                                 if self._graph.get_parent_node_id(source) == node_id])
+        order, cycles = walk(
+            added,
+            lambda new: [
+                source
+                for _, source, _ in links(self._graph.get_node(new))
+                if self._graph.get_parent_node_id(source) == node_id
+            ],
+        )
         if cycles:
             raise GraphError(f"the graph it expands into has a circle: {' -> '.join(cycles[0])}")
         await self._signatures.add(order)
@@ -274,5 +297,7 @@ class PromptRun:
         """The slots of one call; a slot that links into an expanded graph has the values at the other end."""
         if call.expand is None:
             return tuple(slot_values(value, slot, spec) for slot, value in enumerate(call.values))
-        return tuple(tuple(linked(value, self._results)) if is_link(value) else slot_values(value, slot, spec)
-                     for slot, value in enumerate(call.values))
+        return tuple(
+            tuple(linked(value, self._results)) if is_link(value) else slot_values(value, slot, spec)
+            for slot, value in enumerate(call.values)
+        )

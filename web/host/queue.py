@@ -63,8 +63,16 @@ class PromptQueue:
         self._chores: list[Chore] = []
         self._closed = False
 
-    def put(self, prompt_id: str, prompt: Prompt, extra_data: dict[str, Any], outputs: Sequence[str],
-            client_id: str | None = None, number: float | None = None, front: bool = False) -> float:
+    def put(
+        self,
+        prompt_id: str,
+        prompt: Prompt,
+        extra_data: dict[str, Any],
+        outputs: Sequence[str],
+        client_id: str | None = None,
+        number: float | None = None,
+        front: bool = False,
+    ) -> float:
         """Queue a prompt and return its number; lower numbers run first, and `front` makes it lower than all before.
 
         FluxError when the number is none, or when a prompt of this id is in the queue already.
@@ -107,13 +115,20 @@ class PromptQueue:
 
     def done(self, item: QueueItem, result: ExecutionResult) -> None:
         """Move what has run into the history, and tell its client that nothing is being executed any more."""
-        status = {"status_str": "success" if result.status == "success" else "error",
-                  "completed": result.status == "success", "messages": [list(message) for message in result.messages]}
+        status = {
+            "status_str": "success" if result.status == "success" else "error",
+            "completed": result.status == "success",
+            "messages": [list(message) for message in result.messages],
+        }
         with self._changed:
             self._running.pop(item.prompt_id, None)
             self._history.pop(item.prompt_id, None)  # so that it comes last even when an id is used again
-            self._history[item.prompt_id] = {"prompt": item.as_list(), "outputs": result.outputs, "status": status,
-                                             "meta": result.meta}
+            self._history[item.prompt_id] = {
+                "prompt": item.as_list(),
+                "outputs": result.outputs,
+                "status": status,
+                "meta": result.meta,
+            }
             while len(self._history) > self._limit:
                 del self._history[next(iter(self._history))]
             self._tell()
@@ -159,8 +174,9 @@ class PromptQueue:
             item.interruption.set()
         return bool(items)
 
-    def history(self, max_items: int | None = None, offset: int | None = None,
-                prompt_id: str | None = None) -> dict[str, dict[str, Any]]:
+    def history(
+        self, max_items: int | None = None, offset: int | None = None, prompt_id: str | None = None
+    ) -> dict[str, dict[str, Any]]:
         """What has run, oldest first: one prompt, or a page of all. Without an offset a page holds the newest."""
         with self._changed:
             if prompt_id is not None:
@@ -168,7 +184,7 @@ class PromptQueue:
             entries = list(self._history.items())
         count = len(entries) if max_items is None else max(max_items, 0)
         start = max(len(entries) - count, 0) if offset is None or offset < 0 else offset
-        return dict(entries[start:start + count])
+        return dict(entries[start : start + count])
 
     def delete_history(self, prompt_id: str) -> bool:
         """Forget a prompt that has run; False when there is none of this id."""
@@ -233,8 +249,9 @@ class Worker:
     def _run(self, item: QueueItem) -> None:
         try:
             extra_data = {**item.extra_data, **item.tokens}
-            result = self._executor.execute(item.prompt_id, item.prompt, extra_data, item.outputs, item.client_id,
-                                            interruption=item.interruption)
+            result = self._executor.execute(
+                item.prompt_id, item.prompt, extra_data, item.outputs, item.client_id, interruption=item.interruption
+            )
         except Exception:  # a fault of the host itself must not keep the other prompts from running
             log.exception("prompt %s failed outside of its nodes", item.prompt_id)
             result = ExecutionResult("error", {}, [], {})

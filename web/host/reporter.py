@@ -51,8 +51,13 @@ class Reporter:
 
     def blocked(self, node_id: str, message: str) -> None:
         """A node was skipped on purpose and there is something to say about it; the prompt goes on."""
-        error = {"exception_message": f"Execution was blocked: {message}", "exception_type": "ExecutionBlocked",
-                 "traceback": [], "current_inputs": {}, "current_outputs": []}
+        error = {
+            "exception_message": f"Execution was blocked: {message}",
+            "exception_type": "ExecutionBlocked",
+            "traceback": [],
+            "current_inputs": {},
+            "current_outputs": [],
+        }
         self._send("execution_error", {**self._place(node_id), **error})
 
     def _place(self, node_id: str | None) -> dict[str, Any]:
@@ -81,8 +86,12 @@ class Reporter:
         """A node has something to show, such as pictures."""
         identity = self._identity(node_id)
         self.outputs[node_id] = ui
-        self.meta[node_id] = {"node_id": node_id, "display_node": identity["display_node_id"],
-                              "parent_node": identity["parent_node_id"], "real_node_id": identity["real_node_id"]}
+        self.meta[node_id] = {
+            "node_id": node_id,
+            "display_node": identity["display_node_id"],
+            "parent_node": identity["parent_node_id"],
+            "real_node_id": identity["real_node_id"],
+        }
         self._send("executed", {"node": node_id, "display_node": identity["display_node_id"], "output": ui})
 
     def node_finished(self, node_id: str) -> None:
@@ -95,13 +104,21 @@ class Reporter:
         self._set_state(node_id, "error", state.get("value", 0.0), state.get("max", 1.0))
 
     def _identity(self, node_id: str) -> dict[str, Any]:
-        return {"node_id": node_id, "display_node_id": self._graph.get_display_node_id(node_id),
-                "parent_node_id": self._graph.get_parent_node_id(node_id),
-                "real_node_id": self._graph.get_real_node_id(node_id)}
+        return {
+            "node_id": node_id,
+            "display_node_id": self._graph.get_display_node_id(node_id),
+            "parent_node_id": self._graph.get_parent_node_id(node_id),
+            "real_node_id": self._graph.get_real_node_id(node_id),
+        }
 
     def _set_state(self, node_id: str, state: str, value: float, total: float) -> None:
-        self._states[node_id] = {"value": value, "max": total, "state": state, "prompt_id": self.prompt_id,
-                                 **self._identity(node_id)}
+        self._states[node_id] = {
+            "value": value,
+            "max": total,
+            "state": state,
+            "prompt_id": self.prompt_id,
+            **self._identity(node_id),
+        }
         if len(self._states) > STATES_KEPT:
             self._forget_a_finished_node()
         self._send("progress_state", {"nodes": dict(self._states)})

@@ -55,7 +55,9 @@ class NodeSpec:
         self.hidden: dict[str, str] = {name: _hidden_kind(kind) for name, kind in declared.get("hidden", {}).items()}
         self.inputs: dict[str, InputSpec] = {
             name: _input_spec(name, config, required=group == "required")
-            for group in ("required", "optional") for name, config in declared.get(group, {}).items()}
+            for group in ("required", "optional")
+            for name, config in declared.get(group, {}).items()
+        }
 
     @property
     def returns(self) -> Sequence[Any]:
@@ -180,5 +182,4 @@ def _truth(value: Any) -> bool:
     raise ValueError(f"{short(value)} is neither true nor false")
 
 
-_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "INT": _integer, "FLOAT": _decimal, "STRING": _text, "BOOLEAN": _truth}
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {"INT": _integer, "FLOAT": _decimal, "STRING": _text, "BOOLEAN": _truth}

@@ -38,11 +38,19 @@ def validate_prompt(prompt: Any, nodes: Nodes, targets: Collection[str] | None =
     error = _malformed(prompt, nodes)
     if error:
         return Validation(error)
-    outputs = [node_id for node_id, node in prompt.items() if _is_output(nodes[node["class_type"]])
-               and (targets is None or node_id in targets)]
+    outputs = [
+        node_id
+        for node_id, node in prompt.items()
+        if _is_output(nodes[node["class_type"]]) and (targets is None or node_id in targets)
+    ]
     if not outputs:
-        return Validation(problem("prompt_no_outputs", "The prompt has no outputs: there is nothing to run",
-                                  "Add a node that shows or saves something, such as Preview Image."))
+        return Validation(
+            problem(
+                "prompt_no_outputs",
+                "The prompt has no outputs: there is nothing to run",
+                "Add a node that shows or saves something, such as Preview Image.",
+            )
+        )
     return _complete(_Validator(prompt, nodes).verdict(outputs))
 
 
@@ -55,14 +63,23 @@ def _malformed(prompt: Any, nodes: Nodes) -> dict[str, Any] | None:
     if prompt is None:
         return problem("no_prompt", "No prompt was sent", "The request needs a 'prompt' in API format.")
     if not isinstance(prompt, dict):
-        return problem("invalid_prompt", "The prompt is not an object of nodes",
-                        f"It is a {type(prompt).__name__}; save the workflow in API format.")
+        return problem(
+            "invalid_prompt",
+            "The prompt is not an object of nodes",
+            f"It is a {type(prompt).__name__}; save the workflow in API format.",
+        )
     for node_id, node in prompt.items():
         fault = _malformed_node(node, nodes)
         if fault:
             title = _title(node)
-            return problem("invalid_prompt", fault, f"Node ID '#{node_id}'", node_id=node_id,
-                            class_type=node.get("class_type") if isinstance(node, dict) else None, node_title=title)
+            return problem(
+                "invalid_prompt",
+                fault,
+                f"Node ID '#{node_id}'",
+                node_id=node_id,
+                class_type=node.get("class_type") if isinstance(node, dict) else None,
+                node_title=title,
+            )
     return None
 
 
@@ -100,8 +117,15 @@ class _Validator:
             self._note(node_id, await self._check(node_id))
         bad = self._bad(order)
         good = [output for output in outputs if output not in bad]
-        error = None if good else problem("prompt_outputs_failed_validation", "The prompt cannot run as it is",
-                                          "Every output depends on a node with an error.")
+        error = (
+            None
+            if good
+            else problem(
+                "prompt_outputs_failed_validation",
+                "The prompt cannot run as it is",
+                "Every output depends on a node with an error.",
+            )
+        )
         return Validation(error, self._node_errors([output for output in outputs if output in bad]), good)
 
     def _sources(self, node_id: str) -> list[str]:
@@ -116,24 +140,49 @@ class _Validator:
         shown = [f"{node_id} ({self._prompt[node_id]['class_type']})" for node_id in cycle[:NODES_SHOWN]]
         path = " -> ".join([*shown, "..." if len(cycle) > NODES_SHOWN else shown[0]])
         for node_id in cycle:
-            self._note(node_id, [problem("dependency_cycle", "The node depends on itself: remove one of these links",
-                                         path, node_id=node_id, cycle_nodes=cycle[:NODES_SHOWN])])
+            self._note(
+                node_id,
+                [
+                    problem(
+                        "dependency_cycle",
+                        "The node depends on itself: remove one of these links",
+                        path,
+                        node_id=node_id,
+                        cycle_nodes=cycle[:NODES_SHOWN],
+                    )
+                ],
+            )
 
     async def _check(self, node_id: str) -> list[Problem]:
         try:
             problems = await self._checker.check(node_id)
         except Exception as error:  # INPUT_TYPES and VALIDATE_INPUTS are code of the pack's author: anything may come
             self._raised[node_id] = error
-            problems = [problem("exception_during_validation", "The node's own check of its inputs failed",
-                                f"{type(error).__name__}: {error}", **_raised(error))]
+            problems = [
+                problem(
+                    "exception_during_validation",
+                    "The node's own check of its inputs failed",
+                    f"{type(error).__name__}: {error}",
+                    **_raised(error),
+                )
+            ]
         return problems + self._check_sources(node_id)
 
     def _check_sources(self, node_id: str) -> list[Problem]:
         """An input whose node could not be checked is in doubt, too."""
-        return [problem("exception_during_inner_validation", "The linked node could not be checked",
-                        f"{type(error).__name__}: {error}", input_name=name, linked_node=[source, slot],
-                        exception_message=str(error), **_raised(error))
-                for name, source, slot in links(self._prompt[node_id]) if (error := self._raised.get(source))]
+        return [
+            problem(
+                "exception_during_inner_validation",
+                "The linked node could not be checked",
+                f"{type(error).__name__}: {error}",
+                input_name=name,
+                linked_node=[source, slot],
+                exception_message=str(error),
+                **_raised(error),
+            )
+            for name, source, slot in links(self._prompt[node_id])
+            if (error := self._raised.get(source))
+        ]
 
     def _bad(self, order: list[str]) -> set[str]:
         """The nodes that have problems or depend on one that has."""
@@ -145,9 +194,14 @@ class _Validator:
 
     def _node_errors(self, failed: list[str]) -> dict[str, dict[str, Any]]:
         dependents = self._dependents(failed)
-        return {node_id: {"errors": problems, "dependent_outputs": dependents[node_id],
-                          "class_type": self._prompt[node_id]["class_type"]}
-                for node_id, problems in self._problems.items()}
+        return {
+            node_id: {
+                "errors": problems,
+                "dependent_outputs": dependents[node_id],
+                "class_type": self._prompt[node_id]["class_type"],
+            }
+            for node_id, problems in self._problems.items()
+        }
 
     def _dependents(self, failed: list[str]) -> dict[str, list[str]]:
         """For each node with problems the outputs that fail because of it; of an absurdly large prompt not all."""
