@@ -39,7 +39,8 @@ class Common(TypedDict, total=False):
     Sides are floored to multiples of 16 and default to the checkpoint's size; `steps`, `guidance` and
     `max_sequence_length` default to what the model's makers recommend. The noise comes from `latents` (packed tokens or
     (B, 16, H/8, W/8)), from `generator` (one, or one a picture), or from `seed`, which is a CPU generator with that
-    seed; without any of them a random seed is drawn, and logged. `conditions` are added to the recipe's own. An
+    seed; without any of them a random seed is drawn, and logged. `conditions` are added to the recipe's own. With
+    `soft_mask` the greys of a mask say from when on a pixel is redrawn, instead of being made black or white. An
     IP-Adapter, or several, takes part as `adapter` with its `adapter_image` (each one picture, or a list that makes one
     prompt together).
     """
@@ -62,6 +63,7 @@ class Common(TypedDict, total=False):
     watch: Watcher | None
     solver: Solver
     conditions: Sequence[Condition]
+    soft_mask: bool
     adapter: IPAdapter | Sequence[IPAdapter]
     adapter_image: ImageLike | Sequence[ImageLike]
     negative_adapter_image: ImageLike | Sequence[ImageLike]
@@ -157,6 +159,7 @@ class Job:
             guidance=options.get("guidance"),
             true_cfg_scale=options.get("true_cfg_scale", 1.0),
             noise_mask=None if mask is None else mask[:, None],
+            soft_mask=options.get("soft_mask", False),
             solver=options.get("solver", solvers.euler),
             watch=options.get("watch"),
         )

@@ -60,15 +60,18 @@ def _scaled(plane: Image.Image) -> np.ndarray:
     return np.asarray(plane, dtype=np.float32) / 255
 
 
+def mask_levels(masks: ImageLike, width: int, height: int) -> Tensor:
+    """Masks of any kind -> (B, height, width) float32 in 0..1."""
+    if isinstance(masks, (np.ndarray, Tensor)):
+        return F.interpolate(as_mask(unit_range(masks))[:, None], size=(height, width))[:, 0]
+    batch = [masks] if isinstance(masks, Image.Image) else list(masks)
+    grey = [np.asarray(upright(m).convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
+    return torch.from_numpy(np.stack(grey)).float() / 255
+
+
 def binary_mask(masks: ImageLike, width: int, height: int) -> Tensor:
     """Masks of any kind -> (B, height, width), 1 where white (0.5 and above), else 0."""
-    if isinstance(masks, (np.ndarray, Tensor)):
-        mask = F.interpolate(as_mask(unit_range(masks))[:, None], size=(height, width))[:, 0]
-    else:
-        batch = [masks] if isinstance(masks, Image.Image) else list(masks)
-        grey = [np.asarray(upright(m).convert("L").resize((width, height), Image.Resampling.LANCZOS)) for m in batch]
-        mask = torch.from_numpy(np.stack(grey)).float() / 255
-    return (mask >= 0.5).float()
+    return (mask_levels(masks, width, height) >= HALF).float()
 
 
 def as_mask(mask: Tensor) -> Tensor:

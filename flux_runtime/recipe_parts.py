@@ -17,7 +17,7 @@ from .flux import Flux
 from .image import ImageLike, as_images, unit_range, upright
 from .job import Common, Job, Pictures, Texts, begin
 from .mask_crop import crop_to_mask, paste_back
-from .masks import binary_mask, check_mask, mask_from_image
+from .masks import binary_mask, check_mask, mask_from_image, mask_levels
 from .pictures import Encoded
 from .sidenets import ControlNet
 from .sizes import kontext_size, reference_size
@@ -80,8 +80,9 @@ def masked_inputs(
 
 
 def fitted_mask(job: Job, mask: ImageLike) -> Tensor:
-    """(B or 1, H, W) at the canvas's size; a mask without a white pixel is refused."""
-    flags = binary_mask(mask, job.width, job.height)
+    """(B or 1, H, W) at the canvas's size, of 0 and 1 alone unless `soft_mask` is asked for; never all black."""
+    read = mask_levels if job.options.get("soft_mask") else binary_mask
+    flags = read(mask, job.width, job.height)
     if not flags.any():
         raise FluxError("the mask has no white pixel, so nothing would be drawn; paint white what is to be redrawn")
     return flags

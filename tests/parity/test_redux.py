@@ -1,5 +1,6 @@
 """Redux against diffusers' prior pipeline, alone and as the prompt of a picture; and what it does beyond that."""
 
+import copy
 import math
 
 import numpy as np
@@ -189,3 +190,16 @@ def test_a_region_says_where_the_pictures_count(pair, redux):
         drawn(Image.new("L", (8, 8)))
     with pytest.raises(FluxError, match="a region is one mask, and 2 were given"):
         drawn([half, half])
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_oracle(pair, prior, folder, relative):
+    exact = prior()(image=picture(1), prompt=PROMPT).prompt_embeds
+    rounded = [copy.deepcopy(getattr(prior(), name)).bfloat16() for name in ("image_encoder", "image_embedder")]
+    pipe, flux = pair(dtype=torch.bfloat16)
+    parts = {n: getattr(pipe, n) for n in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    half = type(prior())(image_encoder=rounded[0], image_embedder=rounded[1],
+                         feature_extractor=prior().feature_extractor, **parts)  # fmt: skip
+    allowed = relative(half(image=picture(1), prompt=PROMPT).prompt_embeds.float(), exact)
+    redux = load_adapter(folder, device="cpu", dtype="bf16")
+    have, _ = tokens(recipes.redux_prior(flux, PROMPT, adapter=redux, image=picture(1)))
+    assert relative(have.float(), exact) <= 1.05 * allowed

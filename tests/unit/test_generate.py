@@ -13,6 +13,7 @@ from fluxcanvas.flux_runtime import (
     sample,
     to_tensor,
 )
+from fluxcanvas.flux_runtime.layout import unpack
 
 SHAPE = (1, 16, 16, 16)
 
@@ -152,3 +153,19 @@ def test_a_mask_that_marks_no_latent_is_refused(demo, prompt, white):
     mask[..., white, white] = 1
     with pytest.raises(FluxError, match="marks nothing at the latents' 16x16"):
         draw(demo, prompt, noise_mask=mask)
+
+
+def test_a_soft_mask_in_a_recipe_redraws_greys_later(demo):
+    picture = demo.vae.decode(torch.zeros(SHAPE))
+    ramp = torch.linspace(0, 1, 128).expand(1, 128, 128)
+    options = {"image": picture, "mask": ramp, "strength": 1.0, "steps": 4, "width": 128, "height": 128, "seed": 1}
+
+    def drawn(**more):
+        tokens = recipes.inpaint(demo, "a red house", output="latent", **options, **more)
+        return unpack(tokens, 16, 16)
+
+    hard, soft, source = drawn(), drawn(soft_mask=True), demo.model.latent.to_model(demo.vae.encode(picture))
+    change = [(latents - source).abs().mean((0, 1, 2)) for latents in (hard, soft)]  # by column
+    assert change[0][7] < 0.3 * change[0][8], "a hard mask has an edge where the ramp reaches a half"
+    assert 0.3 * change[0][8:].mean() < change[1][6:8].mean(), "a soft one redraws darker greys, too"
+    assert change[1][0] < 0.3 * change[1][12:].mean()
