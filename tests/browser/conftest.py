@@ -196,9 +196,16 @@ class Canvas:
 
     def type(self, title: str, name: str, text: str) -> None:
         """Type a number into a widget, as a user does: double click, text, Enter."""
-        box = self.place(title, name)
-        self.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         field = self.page.locator(".graphdialog input")
+
+        def opened() -> bool:
+            """A busy machine may take the two clicks for single ones; a user would then click again."""
+            box = self.place(title, name)
+            self.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            self.page.wait_for_timeout(500)
+            return field.count() == 1
+
+        self.until(opened)
         field.fill(text)
         field.press("Enter")
         field.wait_for(state="detached")
