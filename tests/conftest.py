@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,29 @@ def demo():
     from fluxcanvas.flux_runtime import load_flux
 
     return load_flux("demo", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def save_depth_model() -> Callable[..., None]:
+    """`save_depth_model(folder, **processor)` writes a tiny Depth Anything with random weights."""
+
+    def save(folder: Path, **processor: object) -> None:
+        import transformers
+
+        backbone = transformers.Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
+            out_features=["stage1", "stage2"], reshape_hidden_states=False, apply_layernorm=True,
+        )  # fmt: skip
+        config = transformers.DepthAnythingConfig(
+            backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, fusion_hidden_size=8,
+            head_hidden_size=8, neck_hidden_sizes=[8, 16], reassemble_factors=[2, 1],
+        )  # fmt: skip
+        transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+        kind = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
+        size = {"height": 56, "width": 56}
+        kind(size=size, ensure_multiple_of=14, **processor).save_pretrained(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -75,25 +75,11 @@ def processor_class() -> type:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny Depth Anything with random weights, as transformers saves it."""
-    import transformers
-
+def checkpoint(tmp_path_factory, save_depth_model):
     folder = tmp_path_factory.mktemp("depth")
     torch.manual_seed(0)
-    backbone = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
-        out_features=["stage1", "stage2"], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
-    config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, fusion_hidden_size=8, head_hidden_size=8,
-        neck_hidden_sizes=[8, 16], reassemble_factors=[2, 1],
-    )  # fmt: skip
-    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
-    processor_class()(
-        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14,
-        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(folder)  # fmt: skip
+    levels = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    save_depth_model(folder, keep_aspect_ratio=True, **levels)
     return folder
 
 

@@ -151,11 +151,11 @@ def lenient(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory, save_depth_model):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folders = Folders(tmp_path_factory.mktemp("base"))
-    build_stand_ins(folders.base / "models")
+    build_stand_ins(folders.base / "models", save_depth_model)
     for path in provide_inputs(folders.input):
         with Image.open(path) as picture:
             picture.resize((SIDE, SIDE), Image.Resampling.BOX).save(path.with_name(small(path.name)))
@@ -166,7 +166,7 @@ def bench(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- stand-ins
-def build_stand_ins(models: Path) -> None:
+def build_stand_ins(models: Path, save_depth_model: Callable[..., None]) -> None:
     """All of them, below this folder of models."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -176,7 +176,7 @@ def build_stand_ins(models: Path) -> None:
         for name, modes in CONTROLNETS.items():
             build_controlnet(models / "controlnet" / name, modes)
         build_adapters(models)
-        build_depth(models / "depth" / DEPTH)
+        save_depth_model(models / "depth" / DEPTH)
 
 
 Change = Callable[[dict, dict], None]
@@ -249,23 +249,6 @@ def build_adapters(models: Path) -> None:
 def save(module: torch.nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(module.state_dict(), path)
-
-
-def build_depth(folder: Path) -> None:
-    """A Depth Anything as transformers saves it."""
-    import transformers
-
-    backbone = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
-        out_features=["stage1", "stage2"], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
-    config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, fusion_hidden_size=8, head_hidden_size=8,
-        neck_hidden_sizes=[8, 16], reassemble_factors=[2, 1],
-    )  # fmt: skip
-    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
-    kind = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
-    kind(size={"height": 56, "width": 56}, ensure_multiple_of=14).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -30,23 +30,11 @@ def test_cannys_thresholds_are_judged_before_the_run(low, high, fine):
 
 
 @pytest.fixture
-def depth_model(tmp_path):
-    """A tiny Depth Anything with random weights in the models folder."""
-    import transformers
-
+def depth_model(tmp_path, save_depth_model):
+    """A tiny depth model in the models folder."""
     folder = tmp_path / "models" / "depth" / "tiny"
     torch.manual_seed(0)
-    backbone = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2,
-        out_features=["stage1", "stage2"], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
-    config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, fusion_hidden_size=8, head_hidden_size=8,
-        neck_hidden_sizes=[8, 16], reassemble_factors=[2, 1],
-    )  # fmt: skip
-    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
-    kind = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
-    kind(size={"height": 28, "width": 28}, ensure_multiple_of=14).save_pretrained(folder)
+    save_depth_model(folder)
     preprocess._estimator.cache_clear()
     yield folder
     preprocess._estimator.cache_clear()
