@@ -21,6 +21,7 @@ _PUBLIC = {
     "load_controlnet": "weights",
     "load_flux": "weights",
     "load_image_encoder": "weights",
+    "load_lora": "lora.load",
     "load_parts": "weights",
     "make_noise": "generate",
     "preview_image": "preview",

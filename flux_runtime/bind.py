@@ -90,7 +90,7 @@ class Canvas:
 
     def modulation(self, trunk: Trunk) -> Modulation:
         """The modulation of a network for all noise levels of the run at once."""
-        pooled = self.pooled[None].to(trunk.img_in.weight)
+        pooled = self.pooled[None].to(trunk.device, trunk.dtype)
         levels = self.sigmas[:-1].to(pooled.device)[:, None]
         guidance = torch.tensor(self.guidance, device=pooled.device)
         return trunk.modulate(trunk.embed(levels, guidance, pooled))

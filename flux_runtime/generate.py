@@ -70,11 +70,12 @@ def sample(
     source = _tokens(model, model.latent.to_model(latents.float()))
     fresh = None if noise is None else _tokens(model, noise)
     x = source if fresh is None else _start(source, fresh, levels[0].item())
-    guide = _guide(model, positive, negative, latents.shape, levels, guidance, true_cfg_scale)
     constraints = () if noise_mask is None else (_keep(source, fresh, noise_mask, height, width, soft_mask),)
     observe = None if watch is None else _unpacked(watch, height, width)
-    model_call = run_transformer(model.transformer)
-    x = denoise(model_call, x, levels.tolist(), guide, solver=solver, constraints=constraints, watch=observe)
+    with model.ready():
+        guide = _guide(model, positive, negative, latents.shape, levels, guidance, true_cfg_scale)
+        model_call = run_transformer(model.transformer)
+        x = denoise(model_call, x, levels.tolist(), guide, solver=solver, constraints=constraints, watch=observe)
     return model.latent.to_raw(unpack(x, height, width).float())
 
 

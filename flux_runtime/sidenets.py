@@ -31,10 +31,9 @@ class ControlNet:
     name: str
     report: Report | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        """One of the net's own: its device and dtype may differ from the model's."""
-        return self.model.img_in.weight
+    def own(self, tensor: Tensor) -> Tensor:
+        """On the net's device, in its dtype: they may differ from the model's."""
+        return tensor.to(self.model.device, self.model.dtype)
 
     def bind(self, canvas: Canvas, wish: SideNetCondition) -> Conditioner:
         if canvas.negative and wish.negative == "none":
@@ -80,7 +79,7 @@ class BoundNet:
         model = self.net.model
         ids = canvas.layout().ids()
         leads = bool(model.side.modes)
-        context = model.prepare(canvas.text.to(self.net.weight), torch.cat([ids[:1], ids]) if leads else ids)
+        context = model.prepare(self.net.own(canvas.text), torch.cat([ids[:1], ids]) if leads else ids)
         context = model.with_mode(context, self.wish.mode) if leads else context
         return Context(context.txt.expand(canvas.shape[0], -1, -1), context.rope)
 
@@ -90,7 +89,7 @@ class BoundNet:
             hint = canvas.model.latent.to_model(source.latents(canvas.width, canvas.height))
         else:
             hint = source.pixels(canvas.width, canvas.height).permute(0, 3, 1, 2) * 2 - 1
-        return canvas.for_batch(model.hint_tokens(hint.to(self.net.weight)))
+        return canvas.for_batch(model.hint_tokens(self.net.own(hint)))
 
     def __call__(self, inputs: Inputs, step: Step) -> Inputs:
         from .bind import with_residuals
@@ -105,7 +104,7 @@ class BoundNet:
         if self._last is None or self._last[0] is not inputs.img or self._last[1] != inputs.sigma:
             self._last = None  # so that two steps' residuals are never held at once
             modulation = self.modulation[self.levels[inputs.sigma]]
-            own = self.net.model(inputs.img.to(self.net.weight), self.hint, self.context, modulation)
+            own = self.net.model(self.net.own(inputs.img), self.hint, self.context, modulation)
             double, single = (tuple(r.to(inputs.img) for r in part) for part in (own.double, own.single))
             self._last = inputs.img, inputs.sigma, Residuals(double, single)
         return self._last[2]

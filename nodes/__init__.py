@@ -1,6 +1,6 @@
 """The nodes, in the order of their use, under ids with the prefix `FluxCanvas_`."""
 
-from . import control, edit, image_prompt, latent, load, masks, preprocess, sample, text
+from . import control, edit, image_prompt, latent, load, lora, masks, preprocess, quant, report, sample, text
 from .schema import mappings
 
 NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
@@ -9,6 +9,12 @@ NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = mappings(
         load.load_flux_parts,
         control.load_control_net,
         image_prompt.load_adapter,
+        lora.load_lora,
+        lora.lora_stack,
+        lora.apply_lora,
+        quant.quantize,
+        quant.save_model,
+        report.model_report,
         text.encode_prompt,
         text.combine_conditioning,
         text.region_prompt,

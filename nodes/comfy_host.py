@@ -51,8 +51,9 @@ class ComfyHost:
 
         if category in FOLDER_MARKS or category not in folder_paths.folder_names_and_paths:
             return list_models(self.folders(category), category)
-        names = folder_paths.get_filename_list(category)
-        return sorted(name.replace("\\", "/") for name in names if name.endswith(WEIGHTS))
+        names = {name.replace("\\", "/") for name in folder_paths.get_filename_list(category)}
+        packed = {name for name in list_models(self.folders(category), category) if name.endswith(".gguf")}
+        return sorted(name for name in names | packed if name.endswith(WEIGHTS))  # ComfyUI itself lists no .gguf
 
     def resolve(self, category: str, name: str) -> Path:
         return find_model(self.folders(category), category, name)

@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     from ..flux_runtime.conditioning import Conditioning as FLUX_CONDITIONING
     from ..flux_runtime.crop import Stitch as FLUX_STITCH
     from ..flux_runtime.flux import FluxModel as FLUX_MODEL
+    from ..flux_runtime.lora.stack import LoraStack as FLUX_LORA
     from ..flux_runtime.sidenets import ControlNet as FLUX_CONTROLNET
     from ..flux_runtime.text.encoders import TextEncoders as FLUX_TEXT
     from ..flux_runtime.vae import Vae as FLUX_VAE
 
     FLUX_ADAPTER = IPAdapter | Redux
     LATENT = dict[str, Any]
+    LORA_STACK = list[tuple[str, float, float]]
+    STRING = str
 else:
     FLUX_MODEL = _edge("FLUX_MODEL", "Load FLUX", "FluxModel")
     FLUX_TEXT = _edge("FLUX_TEXT", "a Load FLUX that has text encoders, or Load FLUX Parts", "TextEncoders")
@@ -55,6 +58,9 @@ else:
     FLUX_CONTROLNET = _edge("FLUX_CONTROLNET", "Load ControlNet", "ControlNet")
     FLUX_ADAPTER = _edge("FLUX_ADAPTER", "Load Adapter", "IPAdapter", "Redux")
     FLUX_STITCH = _edge("FLUX_STITCH", "Crop for Inpaint", "Stitch")
+    FLUX_LORA = _edge("FLUX_LORA", "Load LoRA or LoRA Stack", "LoraStack")
+    LORA_STACK = _edge("LORA_STACK", "a LoRA stack of another node pack", "list", "tuple")  # of (file, weight, weight)
     LATENT = _edge("LATENT", "Empty Canvas or Encode Image", "dict")  # {"samples": (B, 16, H/8, W/8), ...}
     IMAGE = _edge("IMAGE", "Load Image or Decode", "Tensor")  # (B, H, W, 3), 0..1
     MASK = _edge("MASK", "Load Image (as Mask) or Mask Edit", "Tensor")  # (B, H, W), 0..1, 1 where to draw
+    STRING = _edge("STRING", "a node that gives text", "str")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..flux_runtime.errors import FluxError
 from ..flux_runtime.variants import VARIANTS
 from .edges import FLUX_MODEL, FLUX_TEXT, FLUX_VAE
 from .host import Host, current
 from .model_files import AUTO, DTYPE_HELP, DTYPES, dtype_of, files, find, state, tell_report, telling
+from .quant import NONE, SCHEME_HELP, SCHEMES
 from .schema import Output, node
 from .widgets import Choice
 
 if TYPE_CHECKING:
     from ..flux_runtime.flux import Flux
+    from ..flux_runtime.weights.devices import Devices
 
 DEMO = "demo"
 SOURCES = ("diffusers", "diffusion_models", "checkpoints")  # in this order when two folders hold one name
@@ -30,6 +34,34 @@ Loaded = tuple[
     Annotated[FLUX_MODEL, Output("model"), "The transformer, for Sample."],
     Annotated[FLUX_TEXT, Output("text"), "The CLIP and T5 text encoders, for Encode Prompt."],
     Annotated[FLUX_VAE, Output("vae"), "The VAE, for Decode and Encode Image."],
+]
+
+BALANCED, CPU = "balanced", "cpu"
+
+
+def _devices() -> list[str]:
+    """The CPU and the CUDA devices; a program that has not imported torch is not made to for a list of names."""
+    torch = sys.modules.get("torch")
+    return [CPU, *(f"cuda:{index}" for index in range(torch.cuda.device_count() if torch else 0))]
+
+
+Quantized = Annotated[
+    str,
+    Choice(SCHEMES, optional=True),
+    f"Store the transformer in fewer bits as it is loaded. none: as its file does. {SCHEME_HELP}",
+]
+QuantizedT5 = Annotated[
+    str, Choice(SCHEMES, optional=True), "The same for T5, the larger text encoder. none: as its file does."
+]
+Device = Annotated[
+    str,
+    Choice(lambda: [AUTO, BALANCED, *_devices()], optional=True),
+    "Where the model lies and draws. auto: the host's device. balanced: all parts spread over the GPUs there are.",
+]
+TextDevice = Annotated[
+    str,
+    Choice(lambda: [AUTO, *_devices()], optional=True),
+    "Where the text encoders lie and read. auto: with the model. cpu saves 5 to 10 GB of a GPU and reads more slowly.",
 ]
 
 
@@ -80,6 +112,22 @@ def _make_room(host: Host, paths: Iterable[Path]) -> None:
     host.free_memory(sum(inspect(path).bytes for path in paths))
 
 
+def _places(host: Host, device: str, text_device: str) -> Devices:
+    """Which device each part goes to."""
+    if device == BALANCED:
+        if text_device != AUTO:
+            raise FluxError("balanced places the text encoders too: set text_device to auto, or choose one device")
+        return BALANCED
+    main = host.device() if device == AUTO else device
+    text = main if text_device == AUTO else text_device
+    return {"transformer": main, "clip": text, "t5": text, "vae": main}
+
+
+def _packing(transformer: str, t5: str) -> dict[str, str]:
+    """Which parts are quantised, and how."""
+    return {part: scheme for part, scheme in (("transformer", transformer), ("t5", t5)) if scheme != NONE}
+
+
 def _given(host: Host, flux: Flux) -> tuple[FLUX_MODEL, FLUX_TEXT, FLUX_VAE]:
     """The three outputs, and a word on them."""
     tell_report(host, flux.report)
@@ -95,6 +143,10 @@ def load_flux(
         "model by its name, which is downloaded once (24 GB or more).",
     ] = DEMO,
     dtype: Annotated[str, Choice(DTYPES), DTYPE_HELP] = AUTO,
+    quantize: Quantized = NONE,
+    quantize_t5: QuantizedT5 = NONE,
+    device: Device = AUTO,
+    text_device: TextDevice = AUTO,
 ) -> Loaded:
     """Loads a FLUX.1 model: transformer, text encoders, VAE. A bare transformer finds the rest in the model folders."""
     host = current()
@@ -102,9 +154,12 @@ def load_flux(
     from ..flux_runtime.weights import load_flux as load
 
     located = _locate(host, source)
-    if isinstance(located, Path):
+    if isinstance(located, Path) and device != CPU:
         _make_room(host, [located])
-    flux = load(located, device=host.device(), dtype=dtype_of(dtype), search=_partner_folders(host), progress=tell)
+    flux = load(
+        located, device=_places(host, device, text_device), dtype=dtype_of(dtype),
+        quantize=_packing(quantize, quantize_t5), search=_partner_folders(host), progress=tell,
+    )  # fmt: skip
     return _given(host, flux)
 
 
@@ -140,6 +195,10 @@ def load_flux_parts(
         Choice(_tokenizers),
         "The folder with the CLIP and T5 tokenizers. auto: the first that fits, or the published ones.",
     ] = AUTO,
+    quantize: Quantized = NONE,
+    quantize_t5: QuantizedT5 = NONE,
+    device: Device = AUTO,
+    text_device: TextDevice = AUTO,
 ) -> Loaded:
     """Loads a FLUX.1 model from four files of their own, as they lie in ComfyUI's model folders."""
     host = current()
@@ -147,10 +206,12 @@ def load_flux_parts(
     from ..flux_runtime.weights import load_parts
 
     chosen = _parts(host, transformer, clip, t5, vae)
-    _make_room(host, chosen.values())
+    if device != CPU:
+        _make_room(host, chosen.values())
     flux = load_parts(
         **chosen, tokenizers=_tokenizer_folder(host, tokenizers), variant=None if variant == AUTO else variant,
-        device=host.device(), dtype=dtype_of(dtype), search=_partner_folders(host), progress=tell,
+        device=_places(host, device, text_device), dtype=dtype_of(dtype), quantize=_packing(quantize, quantize_t5),
+        search=_partner_folders(host), progress=tell,
     )  # fmt: skip
     return _given(host, flux)
 

@@ -76,6 +76,19 @@ class Trunk(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(dim, heads, hidden) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(dim, heads, hidden) for _ in range(params.depth_single))
 
+    @property
+    def device(self) -> torch.device:
+        return self._plain.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in; linear layers may store their weights in another."""
+        return self._plain.dtype
+
+    @property
+    def _plain(self) -> Tensor:
+        return self.double_blocks[0].img_attn.norm.query_norm.scale
+
     def embed(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
         """Sigma in 0..1 and guidance, broadcastable to (...), pooled (..., P) -> time embedding (..., hidden).
 

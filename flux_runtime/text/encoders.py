@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..conditioning import Prompt
 from ..errors import FluxError
+from ..lora.apply import applied_to_encoder
+from ..lora.stack import NO_LORAS, LoraStack
 from .tokenize import token_ids
 
 log = logging.getLogger("fluxcanvas")
@@ -27,6 +29,7 @@ class TextEncoders:
     t5_tokenizer: Any
     max_tokens: int = 512  # of the model's variant: 256 for schnell
     variant: str = "dev"
+    loras: LoraStack = NO_LORAS
 
     @property
     def default_tokens(self) -> int:
@@ -67,7 +70,10 @@ class TextEncoders:
                 f"{len(texts)} prompts and {len(second)} second prompts do not pair up; give as many of each, or one"
             )
         limit = self._limit(max_tokens)
-        return Prompt(tokens=self._t5_tokens(second, limit), pooled=self._pooled(texts))
+        with applied_to_encoder(self.t5, "t5", self.loras):
+            tokens = self._t5_tokens(second, limit)
+        with applied_to_encoder(self.clip, "clip", self.loras):
+            return Prompt(tokens=tokens, pooled=self._pooled(texts))
 
     def _limit(self, max_tokens: int | None) -> int:
         limit = max_tokens or self.default_tokens

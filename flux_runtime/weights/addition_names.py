@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import FluxError
 from . import keys
-from .contents import Component, Contents, quantisation, sort_out
+from .contents import Component, Contents, sort_out, unpacked_names, unreadable
 from .files import LazyTensor
 
 CONTROLNET, IP_ADAPTER, REDUX, IMAGE_ENCODER = "ControlNet", "IP-Adapter", "Redux adapter", "image encoder"
@@ -120,19 +120,20 @@ def _component(
 ) -> Component:
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     outside = tuple(name for name in tensors if not name.startswith(prefix))
-    quantised = quantisation(own, config, metadata)
+    own = unpacked_names(own, files, config, metadata)
+    unread = unreadable(own, config)
     if kind == IMAGE_ENCODER:
         own, spare = _vision_names(own)
-        return Component(kind, spelling.layout, own, files, config, outside, spare, quantised=quantised)
+        return Component(kind, spelling.layout, own, files, config, outside, spare, unreadable=unread)
     if spelling.table is None:
-        return Component(kind, spelling.layout, own, files, config, outside, quantised=quantised)
+        return Component(kind, spelling.layout, own, files, config, outside, unreadable=unread)
     try:
         renamed = spelling.table.to_native(own)
     except FluxError as error:
         raise FluxError(f"{files[0]}: {error}") from error
     return Component(
         kind, spelling.layout, renamed.tensors, files, config, (*outside, *renamed.unknown), (), renamed.incomplete,
-        quantised, spelling.table,
+        unread, spelling.table,
     )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from ..errors import FluxError
 from ..model.transformer import FluxTransformer
 from ..model.vae import AutoEncoder
+from ..quant.packed import Packed, PackedLinear
+from ..quant.readers import unpack
+from ..quant.swap import Quantiser
 from . import shapes
 from .contents import KINDS, Component
-from .files import stored_bytes
+from .files import LazyTensor, stored_bytes
 from .report import PartReport, listed
 
 Tick = Callable[[float], None]  # told the fraction of a component that is loaded
@@ -149,10 +152,10 @@ def describe(component: Component, fit: Fit, note: str = "") -> PartReport:
 def refuse_unfit(component: Component, fit: Fit) -> None:
     """A `FluxError` unless every tensor of the module is there in its shape."""
     place = shapes.where(component)
-    if component.quantised:
+    if component.unreadable:
         raise FluxError(
-            f"{place}: the {component.kind} is stored as {component.quantised}, which cannot be loaded yet; "
-            "use the bf16, fp16 or plain fp8 file of the same model"
+            f"{place}: the {component.kind} is stored as {component.unreadable}, which is not read here; "
+            "use its bf16, fp16, fp8, GGUF or bitsandbytes file instead"
         )
     if fit.missing:
         parts = ", or load the parts from files of their own with LoadFluxParts (load_parts)"
@@ -166,31 +169,63 @@ def refuse_unfit(component: Component, fit: Fit) -> None:
 
 
 def fill(
-    component: Component, module: nn.Module, device: torch.device, dtype: torch.dtype, tick: Tick | None = None
+    component: Component,
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    tick: Tick | None = None,
+    pack: Quantiser | None = None,
 ) -> nn.Module:
-    """Put the tensors into the skeleton; those that already have dtype and device stay the mapped file's memory."""
+    """Put the tensors into the skeleton; those that already have dtype and device stay the mapped file's memory.
+
+    A linear layer whose weight is packed in the file becomes a `PackedLinear`; so does one that `pack` packs.
+    """
     names, state = wanted(component, module), {}
     total, done = max(stored_bytes(component.tensors), 1), 0
     for name in names:
         tensor = component.tensors[plain_name(component.kind, name)]
-        state[name] = tensor.read(device, _dtype_of(component.kind, name, dtype))
+        packs = _packs(module, name, tensor, device, _dtype_of(component.kind, name, dtype), pack)
+        if packs:
+            _replace_linear(module, name.removesuffix(".weight"), packs, pack)
+        else:
+            state[name] = tensor.read(device, _dtype_of(component.kind, name, dtype))
         done += sum(stored.nbytes for stored in tensor.sources)
         if tick:
             tick(min(done / total, 1.0))
     if component.kind == "t5" and "encoder.embed_tokens.weight" in module.state_dict():
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    module.load_state_dict(state, assign=True, strict=not _has_position_ids(module))
+    module.load_state_dict(state, assign=True, strict=False)
     _finish(module, device)
     return module.requires_grad_(False)
+
+
+def _packs(
+    module: nn.Module, name: str, tensor: LazyTensor, device: torch.device, dtype: torch.dtype, pack: Quantiser | None
+) -> list[Packed]:
+    """The packed weights that make up a linear layer's; none where it is to be plain numbers."""
+    owner, _, kind = name.rpartition(".")
+    if kind != "weight" or type(module.get_submodule(owner)) is not nn.Linear:
+        return []
+    if tensor.packed:
+        return [unpack(p.stored, device) for p in tensor.pieces] if all(p.whole for p in tensor.pieces) else []
+    packed = pack(owner, lambda: tensor.read(device, dtype)) if pack else None
+    return [packed] if packed is not None else []
+
+
+def _replace_linear(module: nn.Module, name: str, packs: list[Packed], pack: Quantiser | None) -> None:
+    """Put packed weights in a linear layer's place; those of a file are packed anew where that loses nothing more."""
+    owner, _, child = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    linear = PackedLinear(packs, getattr(parent, child).bias)
+    if pack:
+        pack.refuse(name, linear)
+        linear = pack.layer(name, linear)
+    setattr(parent, child, linear)
 
 
 def _dtype_of(kind: str, name: str, dtype: torch.dtype) -> torch.dtype:
     """T5's last feed-forward matrix overflows float16, so it stays float32, as transformers has it."""
     return torch.float32 if kind == "t5" and dtype == torch.float16 and name.endswith(".wo.weight") else dtype
-
-
-def _has_position_ids(module: nn.Module) -> bool:
-    return any(name.endswith("position_ids") for name in module.state_dict())
 
 
 def _finish(module: nn.Module, device: torch.device) -> None:

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import FluxError
+from ..quant import ao, quanto
+from ..quant.save import packings_from
 from . import keys
 from .files import LazyTensor
+from .gguf_names import t5_names
+from .packing import gather
 
 KINDS = ("transformer", "clip", "t5", "vae")
 
@@ -39,15 +43,16 @@ MARKS = {
     },
 }
 
+LORA = "LoRA"
+
 # Other files people have: a piece of a tensor name -> what to call the file, and what it is for.
 FOREIGN = (
     ((".qweight", ".smooth_factor"), "SVDQuant transformer", "quantised in a way that is not read"),
     (
-        ("lora_A.", "lora_B.", ".lora_down.", ".lora_up.", "_lora.down.", "_lora1.down."),
-        "LoRA",
-        "an addition to a model",
+        ("lora_A.", "lora_B.", ".lora_down.", ".lora_up.", "_lora.down.", "_lora1.down.", ".lokr_w", ".hada_w"),
+        LORA,
+        "an addition to a model, which LoadLora (load_lora) loads",
     ),
-    ((".lokr_w", ".hada_w", ".oft_"), "LoKr or LoHa", "an addition to a model"),
     (
         (
             "controlnet_x_embedder.",
@@ -102,7 +107,7 @@ class Component:
     unknown: tuple[str, ...] = ()  # names that the layout does not have
     spare: tuple[str, ...] = ()  # names that are known and not needed
     incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # native name -> its parts that the file lacks
-    quantised: str = ""  # the scheme, where the numbers are not plain weights
+    unreadable: str = ""  # the scheme, where the weights are packed in a way that is not read here
     table: keys.KeyMap | None = None  # from the file's names to native ones, where they differ
 
     @property
@@ -126,6 +131,7 @@ def sort_out(
     metadata: Mapping[str, str] | None = None,
 ) -> Contents:
     """Divide the tensors of a file (or of a component's shards) among the parts of a model."""
+    tensors = unpacked_names(t5_names(tensors), files, config or {}, metadata or {})
     foreign = foreign_kind(tensors)
     if foreign:
         return Contents({}, tuple(tensors), foreign)
@@ -139,14 +145,23 @@ def sort_out(
             taken[home][name.removeprefix(found[home][0])] = tensor
         else:
             leftover.append(name)
-    components = {
-        kind: _component(kind, found[kind][1], own, files, config or {}, metadata or {}) for kind, own in taken.items()
-    }
+    components = {kind: _component(kind, found[kind][1], own, files, config or {}) for kind, own in taken.items()}
     if "clip" in components:  # CLIP's other half, which all-in-one files keep beside the text encoder
         halves = tuple(name for name in leftover if name.endswith(CLIP_SPARE))
         components["clip"] = replace(components["clip"], spare=(*components["clip"].spare, *halves))
         leftover = [name for name in leftover if name not in halves]
     return Contents(components, tuple(leftover))
+
+
+def unpacked_names(
+    tensors: Mapping[str, LazyTensor], files: tuple[str, ...], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> dict[str, LazyTensor]:
+    """The tensors with those that weights are unpacked by tied to their weights; errors name the file."""
+    try:
+        own = packings_from(tensors, metadata)
+        return gather(quanto.gathered(ao.gathered(own, metadata)), config, metadata)
+    except FluxError as error:
+        raise FluxError(f"{files[0]}: {error}") from error
 
 
 def foreign_kind(tensors: Mapping[str, LazyTensor]) -> str:
@@ -171,21 +186,20 @@ def _component(
     tensors: dict[str, LazyTensor],
     files: tuple[str, ...],
     config: Mapping[str, Any],
-    metadata: Mapping[str, str],
 ) -> Component:
-    quantised = quantisation(tensors, config, metadata)
+    unread = unreadable(tensors, config)
     if kind in ("clip", "t5"):
         tensors, spare = _text_names(kind, tensors)
-        return Component(kind, layout, tensors, files, config, spare=spare, quantised=quantised)
+        return Component(kind, layout, tensors, files, config, spare=spare, unreadable=unread)
     if layout == "BFL":
-        return Component(kind, layout, tensors, files, config, quantised=quantised)
+        return Component(kind, layout, tensors, files, config, unreadable=unread)
     table = keys.TRANSFORMER if kind == "transformer" else keys.VAE
     try:
         renamed = table.to_native(tensors)
     except FluxError as error:
         raise FluxError(f"{files[0]}: {error}") from error
     return Component(
-        kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, quantised, table
+        kind, layout, renamed.tensors, files, config, tuple(renamed.unknown), (), renamed.incomplete, unread, table
     )
 
 
@@ -204,23 +218,14 @@ def _is_spare(kind: str, name: str) -> bool:
     return name in ("encoder.embed_tokens.weight", "logit_scale", "lm_head.weight") or name.startswith("decoder.")
 
 
-def quantisation(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """The scheme by which these weights are packed; an empty text for plain numbers (fp8 without scales included)."""
+def unreadable(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> str:
+    """The scheme of weights that are packed in a way that is not read here; an empty text for all others."""
     ends = {name.rsplit(".", 1)[-1] for name in tensors}
-    if any("bitsandbytes__" in name for name in tensors) or "absmax" in ends:
-        return "bitsandbytes 4 bit"
-    if "SCB" in ends:
-        return "bitsandbytes 8 bit"
     if "weight_scale_2" in ends:
         return "nvfp4"
-    if ends & {"scaled_fp8", "scale_weight", "weight_scale", "comfy_quant"} or "_quantization_metadata" in metadata:
-        return "scaled fp8"
+    plain = {name: t for name, t in tensors.items() if not t.packed}
+    packed = next((t.dtype for n, t in plain.items() if n.endswith("weight") and t.dtype.startswith(PACKED)), "")
     named = config.get("quantization_config")
-    if named:
-        return (
-            f"{named.get('quant_method', 'unknown')} quantisation"
-            if isinstance(named, dict)
-            else "unknown quantisation"
-        )
-    packed = [t.dtype for name, t in tensors.items() if name.endswith("weight") and t.dtype.startswith(PACKED)]
-    return f"packed {packed[0]} numbers" if packed else ""
+    if named and len(plain) == len(tensors):
+        return f"{named.get('quant_method', 'unknown') if isinstance(named, dict) else 'unknown'} quantisation"
+    return f"packed {packed} numbers" if packed else ""

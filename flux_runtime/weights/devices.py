@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -11,6 +12,8 @@ from ..errors import FluxError
 
 log = logging.getLogger("fluxcanvas")
 
+PARTS = ("transformer", "clip", "t5", "vae")
+SPARE = 1.2  # what a part needs besides its weights, to work
 DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32,
@@ -27,6 +30,43 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise FluxError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+
+
+Devices = torch.device | str | Mapping[str, torch.device | str] | None
+
+
+def place(sizes: Mapping[str, int], wish: Devices) -> dict[str, torch.device]:
+    """The device of each part of a model, of so many bytes: one for all, or named part by part, or `balanced`.
+
+    `balanced` gives each part, the largest first, to the CUDA device with the most free memory, and to the CPU what
+    fits on none. Parts that a table does not name go where the transformer goes.
+    """
+    if wish == "balanced":
+        return _balanced(sizes)
+    if not isinstance(wish, Mapping):
+        return dict.fromkeys(sizes, choose_device(wish))
+    odd = [part for part in wish if part not in PARTS]
+    if odd:
+        raise FluxError(f"{odd[0]!r} is no part of a model: name devices for {', '.join(PARTS)}")
+    main = choose_device(wish.get("transformer"))
+    return {part: choose_device(wish[part]) if wish.get(part) else main for part in sizes}
+
+
+def _balanced(sizes: Mapping[str, int]) -> dict[str, torch.device]:
+    free = {torch.device("cuda", i): torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+    if not free:
+        log.warning("there is no CUDA device to balance the parts over: all go to %s", choose_device(None))
+        return dict.fromkeys(sizes, choose_device(None))
+    places = {}
+    for part, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        best = max(free, key=free.get)
+        fits = free[best] > size * SPARE
+        places[part] = best if fits else torch.device("cpu")
+        if fits:
+            free[best] -= size
+        else:
+            log.warning("the %s (%.1f GB) fits on no CUDA device: it stays on the CPU", part, size * 1e-9)
+    return places
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, parameters: int) -> torch.dtype:

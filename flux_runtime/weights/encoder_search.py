@@ -30,7 +30,7 @@ def find_encoder(family: str, width: int, folder: Path, search: Sequence[Path]) 
     """An image encoder of this family and width in an adapter's folder, or in model folders and all below them."""
     for component in _encoders_in([folder, folder / "image_encoder"], search):
         own = "CLIP" if sizes.is_clip(component) else "SigLIP"
-        if (own, sizes.embedding_width(component)) == (family, width) and not component.quantised:
+        if (own, sizes.embedding_width(component)) == (family, width) and not component.unreadable:
             return component
     return None
 

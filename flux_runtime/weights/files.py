@@ -10,17 +10,21 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import FluxError
-from .header import CONVERT_PICKLE, DTYPE_BITS, Header, read_header
+from .header import CONVERT_PICKLE, DTYPE_BITS, Header, is_gguf, read_header
 
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile
+
+WEIGHT_ENDINGS = (".safetensors", ".sft", ".gguf")
 MAX_JSON = 64_000_000  # bytes of an index or a config; real ones are below 1 MB
 
 _TORCH_NAMES = {
@@ -56,19 +60,54 @@ class TensorFile:
             storage = storage.clone()
         return torch.empty(0, dtype=dtype).set_(storage, 0, entry.shape)
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
+
+    def nbytes_of(self, name: str) -> int:
+        return self.header.entries[name].nbytes
+
     def tensors(self) -> dict[str, LazyTensor]:
         """All tensors of the file by name."""
         return {n: LazyTensor.whole(Stored(n, e.dtype, e.shape, self)) for n, e in self.header.entries.items()}
 
 
+class Source(Protocol):
+    """An open file of whatever format: it gives the bytes of a tensor and says how many they are."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def nbytes_of(self, name: str) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How a weight is packed: the scheme that reads it, the tensors beside it by name, and facts such as a type."""
+
+    scheme: str  # a key of quant.READERS
+    sides: Mapping[str, Stored] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The scheme and its kind, for reports: `gguf Q4_K`, `bnb-4bit nf4`, `scaled fp8`."""
+        scaled = "scaled " if "scale_weight" in self.sides else ""
+        kind = self.facts.get("type") or self.facts.get("kind") or ""
+        return f"{scaled}{self.scheme} {kind}".strip()
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as some file has it; without `file` only its description is known (a header read over the network)."""
+    """A tensor as some file has it; without `file` only its description is known (a header read over the network).
+
+    Where it is packed, `shape` is that of the numbers it stands for, and `read` gives the bytes as the file has them.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: TensorFile | None = None
+    file: Source | None = None
+    packing: Packing | None = None
 
     @property
     def parameters(self) -> int:
@@ -76,7 +115,10 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.parameters * DTYPE_BITS[self.dtype] // 8
+        beside = sum(side.nbytes for side in self.packing.sides.values()) if self.packing else 0
+        if self.file is not None:
+            return self.file.nbytes_of(self.name) + beside
+        return self.parameters * DTYPE_BITS[self.dtype] // 8 + beside
 
     def read(self) -> Tensor:
         if self.file is None:
@@ -92,8 +134,17 @@ class Piece:
     start: int
     stop: int
 
-    def read(self) -> Tensor:
-        return self.stored.read()[self.start : self.stop]
+    @property
+    def whole(self) -> bool:
+        return (self.start, self.stop) == (0, self.stored.shape[0] if self.stored.shape else 1)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As stored; a packed one as the numbers it stands for, in `dtype`."""
+        if not self.stored.packing:
+            return self.stored.read() if self.whole else self.stored.read()[self.start : self.stop]
+        from ..quant.readers import unpack
+
+        return unpack(self.stored).dequantise(dtype or torch.float32)[self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -115,6 +166,11 @@ class LazyTensor:
     def sources(self) -> tuple[Stored, ...]:
         return tuple(piece.stored for piece in self.pieces)
 
+    @property
+    def packed(self) -> bool:
+        """Whether any of it must be unpacked to be numbers."""
+        return any(piece.stored.packing for piece in self.pieces)
+
     def rows(self, start: int, stop: int) -> LazyTensor:
         """Some rows of a tensor in one piece."""
         (piece,) = self.pieces
@@ -128,16 +184,18 @@ class LazyTensor:
     def read(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on a device: the mapped memory itself if nothing changes, else one new tensor, filled in place."""
         if len(self.pieces) == 1:
-            stored = self.pieces[0].stored
-            whole = stored.read() if not stored.shape else self.pieces[0].read()
-            return whole.to(device=device, dtype=dtype).view(self.shape)
-        out = torch.empty(self.shape, device=device, dtype=dtype or TORCH_DTYPES[self.dtype])
+            return self.pieces[0].read(dtype).to(device=device, dtype=dtype).view(self.shape)
+        out = torch.empty(self.shape, device=device, dtype=dtype or self._plain_dtype)
         row = 0
         for piece in self.pieces:
             rows = piece.stop - piece.start
-            out[row : row + rows].copy_(piece.read().view(rows, *self.shape[1:]))
+            out[row : row + rows].copy_(piece.read(dtype).view(rows, *self.shape[1:]))
             row += rows
         return out
+
+    @property
+    def _plain_dtype(self) -> torch.dtype:
+        return torch.float32 if self.packed else TORCH_DTYPES[self.dtype]
 
 
 def join(parts: Sequence[LazyTensor]) -> LazyTensor:
@@ -220,15 +278,23 @@ def open_tensors(files: Sequence[Path]) -> tuple[dict[str, LazyTensor], dict[str
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     for path in files:
-        file = TensorFile(path)
-        twice = next((name for name in file.header.entries if name in tensors), None)
+        file = _open(path)
+        own = file.tensors()
+        twice = next((name for name in own if name in tensors), None)
         if twice is not None:
             raise FluxError(
                 f"{path} holds tensor {twice!r} that another file of its folder holds too; download the folder again"
             )
-        tensors.update(file.tensors())
-        metadata.update(file.header.metadata)
+        tensors.update(own)
+        metadata.update(file.metadata)
     return tensors, metadata
+
+
+def _open(path: Path) -> TensorFile | GGUFFile:
+    """A file by its first bytes, whatever it is called."""
+    from .gguf_file import GGUFFile
+
+    return GGUFFile(path) if is_gguf(path) else TensorFile(path)
 
 
 def stored_bytes(tensors: Mapping[str, LazyTensor]) -> int:

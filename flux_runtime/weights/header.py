@@ -83,6 +83,15 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, size)
 
 
+def is_gguf(path: Path) -> bool:
+    """By its first bytes; False too for what cannot be read, which the reader will tell."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def _broken(path: Path, why: str) -> FluxError:
     return FluxError(f"{path} is not a whole safetensors file: {why}; download it again")
 
@@ -92,7 +101,7 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if size == 0:
         raise FluxError(f"{path} is empty; download it again")
     if start[:4] == b"GGUF":
-        raise FluxError(f"{path} is a GGUF file, which cannot be loaded yet; use a .safetensors file of the model")
+        raise FluxError(f"{path} is a GGUF file where a .safetensors file is needed; name another file")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         kind = "a zip archive (as torch.save writes)" if start[:2] == b"PK" else "a pickle"
         raise FluxError(f"{path} is {kind}, not safetensors: {CONVERT_PICKLE}")

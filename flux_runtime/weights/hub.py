@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FluxError
-from .files import LazyTensor, Stored
+from .files import WEIGHT_ENDINGS, LazyTensor, Stored
 from .header import DTYPE_BITS
 
 Progress = Callable[[str, float], None]
@@ -36,17 +36,17 @@ class Listing:
 
     @property
     def weights(self) -> list[str]:
-        return [name for name in self.sizes if name.endswith(".safetensors")]
+        return [name for name in self.sizes if name.endswith(WEIGHT_ENDINGS)]
 
 
 def split_source(source: str) -> tuple[str, str] | None:
-    """`owner/name` or `owner/name/file.safetensors` -> repo id and file; None when it is neither."""
+    """`owner/name` or `owner/name/file.safetensors` (or .gguf) -> repo id and file; None when it is neither."""
     parts = source.strip().split("/", 2)
     repo = "/".join(parts[:2])
-    if len(parts) < 2 or not REPO_ID.fullmatch(repo) or repo.endswith((".safetensors", ".json")):
+    if len(parts) < 2 or not REPO_ID.fullmatch(repo) or repo.endswith((*WEIGHT_ENDINGS, ".json")):
         return None
     file = parts[2] if len(parts) == 3 else ""
-    plain = file.endswith(".safetensors") and ".." not in file.split("/")
+    plain = file.endswith(WEIGHT_ENDINGS) and ".." not in file.split("/")
     return (repo, file) if plain or not file else None
 
 
@@ -144,7 +144,7 @@ def list_repo(repo: str, file: str = "", folders: Sequence[str] = WEIGHT_FOLDERS
     names = choose(list(sizes), folders)
     if names:
         return Listing(repo, {name: sizes[name] for name in names})
-    lone = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
+    lone = [name for name in sizes if name.endswith(WEIGHT_ENDINGS) and "/" not in name]
     if len(lone) == 1:
         return Listing(repo, {lone[0]: sizes[lone[0]]}, lone[0])
     choice = f"; name one of its files: {', '.join(f'{repo}/{name}' for name in lone[:6])}" if lone else ""
@@ -258,6 +258,8 @@ def remote_tensors(repo: str, name: str) -> tuple[dict[str, LazyTensor], dict[st
     """Names, shapes and types in a file of a repository, from its header; nothing else is downloaded."""
     import huggingface_hub
 
+    if name.endswith(".gguf"):
+        raise FluxError(f"{repo}/{name} is a GGUF file, which is described from a local copy alone; download it first")
     with explained(repo):
         header = huggingface_hub.HfApi().parse_safetensors_file_metadata(repo, name)
     known = {n: t for n, t in header.tensors.items() if t.dtype in DTYPE_BITS}

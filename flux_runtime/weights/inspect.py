@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import FluxError
 from ..variants import recognise
 from . import build, hub, shapes
-from .contents import Component, Contents, sort_out
+from .contents import LORA, Component, Contents, sort_out
 from .files import LazyTensor, open_tensors, read_json
 from .report import PartReport, Report, listed
 from .sources import DEMO, FOLDERS, LABELS, Sources, open_path, what_it_is
@@ -21,8 +22,6 @@ def inspect(source: str | Path) -> Report:
     text = str(source).strip()
     path = DEMO if text == "demo" else Path(text).expanduser()
     if text and "\0" not in text and path.exists():
-        if path.is_file() and _starts_with(path, b"GGUF"):
-            return _gguf(path)
         sources = replace(open_path(path), name=text)
         return _other(path, sources) if path.is_file() and not sources.components else _report(sources)
     named = hub.split_source(text)
@@ -33,30 +32,23 @@ def inspect(source: str | Path) -> Report:
     return _report(_remote(*named))
 
 
-def _starts_with(path: Path, magic: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-    except OSError as error:
-        raise FluxError(
-            f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from error
-
-
-def _gguf(path: Path) -> Report:
-    size = path.stat().st_size
-    part = PartReport(
-        "GGUF", "quantised", (str(path),), {"GGUF": size}, 0, 0, note="cannot be loaded yet; use a .safetensors file"
-    )
-    return Report(str(path), (part,))
-
-
 def _other(path: Path, sources: Sources) -> Report:
     """A sound file that is no part of a model: a LoRA, a ControlNet, or of no kind known here."""
     tensors, _ = open_tensors([path])
     component = Component(sources.foreign or "unknown", "", tensors, (str(path),))
-    part = build.describe(component, build.Fit(tuple(tensors), (), (), ()), what_it_is(sources))
-    return Report(sources.name, (part,))
+    note = what_it_is(sources)
+    part = build.describe(component, build.Fit(tuple(tensors), (), (), ()), note)
+    return Report(sources.name, (part,), notes=_about_lora(path) if sources.foreign == LORA else ())
+
+
+def _about_lora(path: Path) -> tuple[str, ...]:
+    """What a LoRA changes, or why it cannot."""
+    from ..lora.formats import read_lora
+
+    try:
+        return tuple(read_lora(path).summary().splitlines())
+    except FluxError as error:
+        return (str(error),)
 
 
 def _report(sources: Sources) -> Report:
@@ -70,16 +62,17 @@ def _report(sources: Sources) -> Report:
 
 
 def _part(component: Component) -> PartReport:
-    """A damaged or quantised component is described too: its fault is the note."""
-    if component.quantised:
+    """A component that cannot be loaded is described too: why is the note."""
+    if component.unreadable:
         plain = build.Fit(tuple(component.tensors), (), component.unknown, ())
-        return build.describe(component, plain, f"stored as {component.quantised}; cannot be loaded yet")
+        return build.describe(component, plain, f"stored as {component.unreadable}, which is not read here")
     try:
         fit = build.compare(component, build.skeleton(component))
     except FluxError as error:
         return build.describe(component, build.Fit(tuple(component.tensors), (), component.unknown, ()), str(error))
-    note = f"wrong shapes: {listed(fit.misshapen)}" if fit.misshapen else ""
-    return build.describe(component, fit, note)
+    packed = Counter(stored.packing.title for t in component.tensors.values() for stored in t.sources if stored.packing)
+    note = ", ".join(f"{count} tensors as {title}" for title, count in packed.most_common())
+    return build.describe(component, fit, f"wrong shapes: {listed(fit.misshapen)}" if fit.misshapen else note)
 
 
 def _variant(sources: Sources) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from ..errors import FluxError
 from ..flux import Flux, FluxModel
+from ..quant.packed import Packed
+from ..quant.swap import Quantiser
 from ..schedule import Schedule
 from ..text.encoders import TextEncoders
 from ..text.tokenize import load_tokenizer
@@ -20,7 +23,7 @@ from ..vae import LatentFormat, Vae
 from ..variants import VARIANTS, FluxParams, Variant, recognise
 from . import build, shapes
 from .contents import KINDS, Component
-from .devices import choose_device, choose_dtype
+from .devices import Devices, choose_dtype, place
 from .files import stored_bytes
 from .hub import Progress
 from .report import Report, listed
@@ -31,29 +34,46 @@ log = logging.getLogger("fluxcanvas")
 LATENTS_PER_TOKEN = 4  # a token is 2x2 latents
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What a caller wants besides the files; see `load_flux`."""
+
+    device: Devices = None
+    dtype: torch.dtype | str | None = None
+    quantize: str | Mapping[str, str] | None = None
+    variant: str | None = None
+    tokenizers: str | Path | None = None
+    search: Sequence[Path] = ()
+    progress: Progress | None = None
+
+
 def load_flux(
     source: str | Path,
     *,
-    device: torch.device | str | None = None,
+    device: Devices = None,
     dtype: torch.dtype | str | None = None,
+    quantize: str | Mapping[str, str] | None = None,
     variant: str | None = None,
     tokenizers: str | Path | None = None,
     search: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Flux:
-    """Load a model from `demo`, a diffusers folder, a single .safetensors file or a Hugging Face repository id.
+    """Load a model from `demo`, a diffusers folder, a .safetensors or .gguf file or a Hugging Face repository id.
 
-    A bare transformer is completed from the model folders in `search`, where tokenizers are looked for too; `progress`
-    is told what is being done and the fraction done of it. Whatever cannot be loaded is a `FluxError` with the remedy.
+    `device` is one for all parts, or a table by part (`transformer`, `clip`, `t5`, `vae`), or `balanced` over all GPUs.
+    `quantize` packs plain weights while they are read: a scheme (`fp8`, `bnb-nf4`, ... see `quant.SCHEMES`) for the
+    transformer and T5, or a table by part. A bare transformer is completed from the model folders in `search`, where
+    tokenizers are looked for too; `progress` is told what is being done and the fraction done of it. Whatever cannot
+    be loaded is a `FluxError` with the remedy.
     """
+    wishes = Wishes(device, dtype, quantize, variant, tokenizers, search, progress)
     sources = open_source(source, progress)
     if "transformer" not in sources.components:
         raise FluxError(
             f"{sources.name} is no FLUX.1 model: {what_it_is(sources)}; choose a FLUX.1 transformer or a whole model"
         )
     params = shapes.transformer_params(sources.components["transformer"])
-    sources = complete(sources, _fitting(params), search)
-    return _load(sources, device, dtype, variant, tokenizers, search, progress)
+    return _load(complete(sources, _fitting(params), search), wishes)
 
 
 def load_parts(
@@ -63,13 +83,17 @@ def load_parts(
     t5: str | Path | None,
     vae: str | Path | None,
     tokenizers: str | Path | None = None,
-    device: torch.device | str | None = None,
+    device: Devices = None,
     dtype: torch.dtype | str | None = None,
+    quantize: str | Mapping[str, str] | None = None,
     variant: str | None = None,
     search: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Flux:
-    """Load a model from a file or folder for each part; `None` leaves out the VAE, or both text encoders together."""
+    """Load a model from a file or folder for each part; `None` leaves out the VAE, or both text encoders together.
+
+    The options are those of `load_flux`.
+    """
     if (clip is None) != (t5 is None):
         raise FluxError("CLIP and T5 read a prompt together: name a file for both, or for neither")
     named = {"transformer": transformer, "clip": clip, "t5": t5, "vae": vae}
@@ -83,7 +107,7 @@ def load_parts(
     sources = Sources(
         paths["transformer"].name, components, tuple(dict.fromkeys(folders)), hint=_name_of(paths["transformer"])
     )
-    return _load(sources, device, dtype, variant, tokenizers, search, progress)
+    return _load(sources, Wishes(device, dtype, quantize, variant, tokenizers, search, progress))
 
 
 def _name_of(path: Path) -> str:
@@ -94,15 +118,7 @@ def _name_of(path: Path) -> str:
     )
 
 
-def _load(
-    sources: Sources,
-    device: torch.device | str | None,
-    dtype: torch.dtype | str | None,
-    variant: str | None,
-    tokenizers: str | Path | None,
-    search: Sequence[Path],
-    progress: Progress | None,
-) -> Flux:
+def _load(sources: Sources, wishes: Wishes) -> Flux:
     """Check everything by names and shapes first; read data only when nothing is amiss."""
     components = sources.components
     skeletons = {kind: build.skeleton(components[kind]) for kind in KINDS if kind in components}
@@ -111,22 +127,46 @@ def _load(
         build.refuse_unfit(components[kind], fit)
     params = skeletons["transformer"].params
     _check_together(params, components)
-    chosen = choose_variant(params, variant, sources.hint)
-    text_parts = _tokenizers(components, tokenizers, sources.folders, search)
-    place = choose_device(device)
-    kind_of_number = choose_dtype(
-        dtype, place, sum(math.prod(t.shape) for c in components.values() for t in c.tensors.values())
-    )
-    modules = _fill_all(components, skeletons, place, kind_of_number, progress)
-    note = f"loaded as {str(kind_of_number).removeprefix('torch.')} on {place}"
+    chosen = choose_variant(params, wishes.variant, sources.hint)
+    text_parts = _tokenizers(components, wishes.tokenizers, sources.folders, wishes.search)
+    schemes = _schemes(wishes.quantize, components)
+    places = place({kind: stored_bytes(components[kind].tensors) for kind in skeletons}, wishes.device)
+    dtype = choose_dtype(wishes.dtype, places["transformer"], _plain_numbers(components, schemes))
+    packers = {part: Quantiser(name, places[part], dtype) for part, name in schemes.items()}
+    modules = _fill_all(components, skeletons, places, dtype, packers, wishes.progress)
     report = Report(
         sources.name,
-        tuple(build.describe(components[kind], fit, note) for kind, fit in fits.items()),
+        tuple(build.describe(components[kind], fit, _note(modules[kind], dtype)) for kind, fit in fits.items()),
         chosen.name,
         _notes(sources),
     )
     _warn_unused(report, sources)
     return _assemble(modules, text_parts, chosen, choose_schedule(chosen, sources.scheduler), report)
+
+
+def _schemes(quantize: str | Mapping[str, str] | None, components: Mapping[str, Component]) -> dict[str, str]:
+    """The scheme of each part that is to be quantised while it is read; one name means the transformer and T5."""
+    if not quantize:
+        return {}
+    table = dict.fromkeys(("transformer", "t5"), quantize) if isinstance(quantize, str) else dict(quantize)
+    odd = [part for part in table if part not in KINDS]
+    if odd:
+        raise FluxError(f"{odd[0]!r} is no part of a model: name schemes for {', '.join(KINDS)}")
+    return {part: name for part, name in table.items() if part in components and name}
+
+
+def _plain_numbers(components: Mapping[str, Component], schemes: Mapping[str, str]) -> int:
+    """How many numbers are to be held in the type of the model."""
+    kept = [c for kind, c in components.items() if kind not in schemes]
+    return sum(math.prod(t.shape) for c in kept for t in c.tensors.values() if not t.packed)
+
+
+def _note(module: nn.Module, dtype: torch.dtype) -> str:
+    """What became of a part."""
+    place = next(module.parameters()).device
+    packed = Counter(pack.scheme for pack in module.modules() if isinstance(pack, Packed))
+    kinds = "".join(f", {count} layers as {scheme}" for scheme, count in packed.items())
+    return f"loaded as {str(dtype).removeprefix('torch.')} on {place}{kinds}"
 
 
 def _fitting(params: FluxParams) -> Mapping[str, Callable[[Component], bool]]:
@@ -218,8 +258,9 @@ def _tokenizer_folders(search: Sequence[Path]) -> list[Path]:
 def _fill_all(
     components: Mapping[str, Component],
     skeletons: Mapping[str, nn.Module],
-    device: torch.device,
+    places: Mapping[str, torch.device],
     dtype: torch.dtype,
+    packers: Mapping[str, Quantiser],
     progress: Progress | None,
 ) -> dict[str, nn.Module]:
     sizes = {kind: stored_bytes(components[kind].tensors) for kind in skeletons}
@@ -231,7 +272,7 @@ def _fill_all(
                 progress(f"loading the {LABELS[kind]}", (done + part * sizes[kind]) / total)
 
         tick(0.0)
-        modules[kind] = build.fill(components[kind], module, device, dtype, tick)
+        modules[kind] = build.fill(components[kind], module, places[kind], dtype, tick, packers.get(kind))
         done += sizes[kind]
     return modules
 

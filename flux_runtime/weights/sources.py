@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import FluxError
 from . import hub
 from .contents import FOREIGN, KINDS, Component, Contents, sort_out
-from .files import WEIGHT_NAMES, component_files, open_tensors, read_json
+from .files import WEIGHT_ENDINGS, WEIGHT_NAMES, component_files, open_tensors, read_json
 
 log = logging.getLogger("fluxcanvas")
 
@@ -161,7 +161,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
 def complete(sources: Sources, wanted: Mapping[str, Any], search: Sequence[Path]) -> Sources:
     """Add the parts that a bare transformer lacks from model folders, choosing files whose sizes fit it.
 
-    `wanted` gives for each kind a test of a component; plain weights are preferred to fp8, fp8 to what cannot be read.
+    `wanted` gives for each kind a test of a component; plain weights are preferred to packed, those to unreadable ones.
     """
     lacking = [kind for kind in KINDS if kind not in sources.components and kind not in sources.absent]
     if not lacking:
@@ -184,8 +184,8 @@ def complete(sources: Sources, wanted: Mapping[str, Any], search: Sequence[Path]
 
 def _readiness(component: Component) -> int:
     """Lower is better; equal ones keep the order of their folders and names."""
-    eighths = any(tensor.dtype.startswith("F8") for tensor in component.tensors.values())
-    return 2 if component.quantised else 1 if eighths else 0
+    packed = any(t.packed or t.dtype.startswith("F8") for t in component.tensors.values())
+    return 2 if component.unreadable else 1 if packed else 0
 
 
 def _components_in(beside: Sequence[Path], below: Sequence[Path]) -> Iterator[Component]:
@@ -201,7 +201,12 @@ def _components_in(beside: Sequence[Path], below: Sequence[Path]) -> Iterator[Co
 
 def weight_paths(beside: Sequence[Path], below: Sequence[Path]) -> list[Path]:
     """Weight files, and folders of sharded ones, in some folders, and in others with all that is below them."""
-    found = [path for folder in beside for path in folder.glob("*.safetensors*")]
-    found += [path for folder in below for path in sorted(folder.rglob("*.safetensors*"))]
+    found = [path for folder in beside for path in folder.glob("*") if _may_be_weights(path)]
+    found += [path for folder in below for path in sorted(folder.rglob("*")) if _may_be_weights(path)]
     whole = [path for path in found if not re.search(r"-\d+-of-\d+", path.name)]  # shards are found by their index
     return list(dict.fromkeys(path.parent if path.suffix == ".json" else path for path in whole))
+
+
+def _may_be_weights(path: Path) -> bool:
+    """By its name: a file of weights, or the index of a sharded one."""
+    return path.name.endswith((*WEIGHT_ENDINGS, ".safetensors.index.json"))

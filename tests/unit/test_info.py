@@ -88,7 +88,7 @@ def test_damage_is_described_not_raised(weights, tmp_path):
         ("lora_peft_base_model", "LoRA"),
         ("lora_bfl_control_depth", "LoRA"),
         ("lora_onetrainer_dora", "LoRA"),
-        ("lokr_bfl", "LoKr"),
+        ("lokr_bfl", "LoRA"),
         ("ip_adapter_xlabs", "IP-Adapter"),
         ("ip_adapter_xlabs_v2", "IP-Adapter"),
         ("controlnet_instantx_union", "ControlNet"),
@@ -105,15 +105,18 @@ def test_real_files_of_other_kinds_are_named(shared, tmp_path, file, expected):
     )
 
 
-def test_quantised_files_are_named(weights, tmp_path):
-    scaled = weights("transformer") | {
-        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
-        "img_in.scale_weight": torch.ones(()),
-    }
-    save_file(scaled, tmp_path / "s.safetensors")
-    assert "stored as scaled fp8" in inspect(tmp_path / "s.safetensors").text()
+def test_packed_files_are_described(weights, tmp_path):
+    plain = weights("transformer")
+    packed = {n: t.to(torch.float8_e4m3fn) if n.endswith("qkv.weight") else t for n, t in plain.items()}
+    save_file(packed | {"img_in.weight_scale_2": torch.ones(())}, tmp_path / "n.safetensors")
+    assert "stored as nvfp4, which is not read here" in inspect(tmp_path / "n.safetensors").text()
+    count = sum(n.endswith("qkv.weight") for n in plain)
+    scales = {n.replace(".weight", ".scale_weight"): torch.ones(()) for n in plain if n.endswith("qkv.weight")}
+    save_file(packed | scales, tmp_path / "s.safetensors")
+    assert f"{count} tensors as scaled fp8" in inspect(tmp_path / "s.safetensors").text()
     (tmp_path / "q.gguf").write_bytes(b"GGUF" + bytes(64))
-    assert "GGUF" in inspect(tmp_path / "q.gguf").text()
+    with pytest.raises(FluxError, match="GGUF"):
+        inspect(tmp_path / "q.gguf")
 
 
 def test_refusals(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fluxcanvas.flux_runtime import FluxError, load_flux, load_parts
+from fluxcanvas.flux_runtime.quant.packed import weight_of
 from fluxcanvas.flux_runtime.variants import VARIANTS
 from fluxcanvas.flux_runtime.weights.devices import choose_dtype
 from fluxcanvas.flux_runtime.weights.files import TensorFile
@@ -191,11 +192,13 @@ class TestTypes:
         flux = load(folder, dtype=name)
         assert {t.dtype for t in state(flux).values()} == {torch.bfloat16}
 
-    def test_plain_fp8_is_widened(self, load, parts, rename):
+    def test_plain_fp8_stays_as_small_as_it_is(self, load, parts, rename):
         rename(parts["transformer"], lambda tensors: {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()})
         flux = load(parts["transformer"], dtype="bf16", search=[parts["transformer"].parents[1]])
         stored = TensorFile(parts["transformer"]).read("img_in.weight")
-        assert torch.equal(flux.transformer.img_in.weight, stored.to(torch.bfloat16))
+        assert weight_of(flux.transformer.img_in, torch.bfloat16).equal(stored.to(torch.bfloat16))
+        assert flux.transformer.img_in.packs[0].nbytes < 1.1 * stored.nbytes
+        assert flux.transformer.img_in.bias.dtype == flux.model.dtype == torch.bfloat16
         assert "F8_E4M3" in flux.report.part("transformer").dtypes
 
     def test_fp16_keeps_the_matrices_of_t5_that_overflow(self, load, folder):

@@ -1,0 +1,155 @@
+"""Every way to quantise a transformer, beside the plain one: `python benchmarks/quant.py --model wide`.
+
+All are asked in turn within one process on the same input, for several rounds; what counts is the median of the rounds'
+ratios. On a CPU it is the process's CPU time that is compared, on a GPU the time between CUDA events. The error is that
+of the velocity, ||quantised - plain|| / ||plain||, averaged over the noise levels; both compute in the same type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fluxcanvas.flux_runtime import FluxError, load_flux
+from fluxcanvas.flux_runtime.layout import Layout
+from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
+from fluxcanvas.flux_runtime.quant.schemes import SCHEMES
+from fluxcanvas.flux_runtime.quant.swap import KEPT, Summary, quantise
+from fluxcanvas.flux_runtime.variants import FluxParams
+
+WIDTHS = {"wide": 12, "full": 24}  # heads of 128 channels
+BLOCKS = {"wide": (2, 4), "full": (19, 38)}
+SIDES = {"demo": 128, "wide": 512, "full": 1024}
+PROMPT = "a red circle above a blue square"
+TEXT = 256
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+class Inputs:
+    """One prompt (random for random weights), one noise, all noise levels."""
+
+    def __init__(self, model: FluxTransformer, side: int, prompt: tuple[Tensor, Tensor] | None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        params, device, dtype = model.params, model.device, model.dtype
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        tokens, pooled = prompt or (draw(1, TEXT, params.context_in_dim), draw(1, params.vec_in_dim))
+        self.txt, self.pooled = tokens.to(device, dtype), pooled.to(device, dtype)
+        layout = Layout((self.txt.shape[1],), side // 8, side // 8)
+        self.img, self.ids = draw(1, layout.canvas_tokens, params.in_channels), layout.ids().to(device)
+        self.sigmas, self.guidance = torch.tensor(SIGMAS, device=device), torch.tensor(3.5, device=device)
+
+    def run(self, model: FluxTransformer) -> Tensor:
+        """Velocities (noise levels, N, channels)."""
+        context = model.prepare(self.txt, self.ids)
+        modulation = model.modulate(model.embed(self.sigmas[:, None], self.guidance, self.pooled[None]))
+        return torch.cat([model(self.img, context, modulation[index]) for index in range(len(SIGMAS))])
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device) -> tuple[FluxTransformer, Inputs]:
+    if name == "demo":
+        flux = load_flux("demo", device=device, dtype=dtype)
+        prompt = flux.text.encode(PROMPT)
+        return flux.transformer, Inputs(flux.transformer, SIDES[name], (prompt.tokens, prompt.pooled))
+    (double, single), heads = BLOCKS[name], WIDTHS[name]
+    params = FluxParams(
+        hidden_size=128 * heads, num_heads=heads, mlp_hidden=512 * heads, depth=double, depth_single=single
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = FluxTransformer(params).to(dtype).eval().requires_grad_(False)
+    return model, Inputs(model, SIDES[name], None)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Of each noise level's velocity, averaged."""
+    off, size = ((t.float().flatten(1).norm(dim=1)) for t in (got - expected, expected))
+    return (off / size).mean().item()
+
+
+def make(model: FluxTransformer, scheme: str, keep: Iterable[str]) -> tuple[FluxTransformer, Summary, float] | str:
+    """The quantised model, the account of it and how long it took; or why it cannot be had."""
+    try:
+        SCHEMES[scheme].require(model.device)  # imports the library, which is not to be counted
+        SCHEMES[scheme].make(torch.ones(64, 64, device=model.device, dtype=model.dtype))
+        start = time.perf_counter()
+        quantised, summary = quantise(model, scheme, keep=keep)
+        return quantised, summary, time.perf_counter() - start
+    except FluxError as failure:
+        return str(failure)
+
+
+@torch.no_grad()
+def rows(model: FluxTransformer, inputs: Inputs, names: Iterable[str], keep: Iterable[str], rounds: int) -> list[str]:
+    expected, size, device = inputs.run(model), weight_bytes(model), model.device
+    lines = []
+    for name in names:
+        made = make(model, name, keep)
+        if isinstance(made, str):
+            lines.append(f"| {name} | {made} | | | | |")
+            continue
+        quantised, summary, took = made
+        off = error(inputs.run(quantised), expected)
+        pairs = [
+            (seconds(lambda: inputs.run(model), device), seconds(lambda m=quantised: inputs.run(m), device))
+            for _ in range(rounds)
+        ]
+        ratio = statistics.median(b / a for a, b in pairs)
+        lines.append(
+            f"| {name} | {off:.4f} | {summary.mean_error:.4f} | {weight_bytes(quantised) / size:.2f} "
+            f"| {took:.1f} | {ratio:.2f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SIDES, default="wide")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--all-layers", action="store_true", help="quantise the layers that are kept by default, too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    model, inputs = build(options.model, getattr(torch, options.dtype), device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    size = f"{weight_bytes(model) / 1e6:.0f} MB plain"
+    print(
+        f"{options.model}, {options.dtype}, {where}, torch {torch.__version__}, {size}\n\n"
+        "| scheme | error of the velocity | of the weights | bytes | seconds to quantise | time of a step |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for name in options.schemes:
+        print(*rows(model, inputs, [name], () if options.all_layers else KEPT, options.rounds), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Whether a LoRA goes with a model, layer by layer, before anything of it is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import FluxError
+from .apply import linear_at
+from .patches import Full, Patch
+
+if TYPE_CHECKING:
+    from .formats import Lora
+
+LABELS = {"transformer": "transformer", "clip": "CLIP", "t5": "T5"}
+
+
+@dataclass(frozen=True)
+class LoraFit:
+    """What a model takes of a LoRA: layers matched in each part, layers it does not have, and names nobody knows."""
+
+    lora: Lora
+    matched: Mapping[str, int]
+    absent: tuple[str, ...]
+    without: tuple[str, ...]  # parts that the LoRA changes and that were not given
+
+    def text(self) -> str:
+        """A line or two for the node and the log."""
+        from ..weights.report import listed
+
+        done = ", ".join(f"{count} {LABELS[part]} layers" for part, count in self.matched.items() if count)
+        lines = [f"{self.lora.name} ({self.lora.format}): {done}"]
+        if self.absent:
+            lines.append(f"  not in this model: {listed(self.absent)}")
+        if self.without:
+            parts = " and ".join(LABELS[part] for part in self.without)
+            lines.append(f"  its {parts} part is not applied: connect the text encoders too")
+        if self.lora.unused:
+            lines.append(f"  unused: {listed(self.lora.unused)}")
+        return "\n".join(lines)
+
+
+def fit(lora: Lora, models: Mapping[str, nn.Module]) -> LoraFit:
+    """Compare a LoRA with the parts of a model; `FluxError` where sizes disagree, or where nothing matches at all."""
+    matched, absent = {}, []
+    for part, layers in lora.layers.items():
+        if part in models:
+            lacking = [name for name, patches in layers.items() if not _fits(models[part], name, patches, lora)]
+            matched[part] = len(layers) - len(lacking)
+            absent += lacking
+    changed = sum(matched.values()) + _values_fit(lora, models.get("transformer"))
+    without = tuple(part for part in lora.layers if part not in models and lora.layers[part])
+    if not changed and not without:
+        from ..weights.report import listed
+
+        raise FluxError(
+            f"the LoRA {lora.name} changes nothing of this model, which has none of its layers: {listed(absent)}; "
+            "it is made for another model"
+        )
+    return LoraFit(lora, matched, tuple(absent), without)
+
+
+def _fits(model: nn.Module, name: str, patches: tuple[Patch, ...], lora: Lora) -> bool:
+    place = linear_at(model, name)
+    if place is None:
+        return False
+    linear = getattr(*place)
+    for patch in patches:
+        _check_size(patch, name, linear.out_features, linear.in_features, lora)
+    return True
+
+
+def _check_size(patch: Patch, name: str, out: int, into: int, lora: Lora) -> None:
+    """A patch must cover its rows, and the layer's columns; the input layer alone may differ (canvas or control)."""
+    start, stop = patch.rows or (0, out)
+    rows, columns = patch.shape
+    only_bias = isinstance(patch, Full) and patch.diff is None
+    wide = name == "img_in" and columns in (into, lora.in_channels)
+    if stop > out or rows != stop - start or not (only_bias or columns == into or wide):
+        raise FluxError(
+            f"the LoRA {lora.name} is made for another model: its layer {name} is {rows} x {columns} "
+            f"and the model's {stop - start if stop <= out else out} x {into}; choose one for this model"
+        )
+
+
+def _values_fit(lora: Lora, transformer: nn.Module | None) -> int:
+    if transformer is None:
+        return 0
+    own = dict(transformer.named_parameters())
+    for name, value in lora.values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise FluxError(
+                f"the LoRA {lora.name} sets {name}, which this model has not in that size; it is made for another"
+            )
+    return len(lora.values)

@@ -1,0 +1,170 @@
+"""Which layer a tensor of a LoRA file speaks of, in every spelling people have.
+
+A name is a prefix (which program, which part of the model), a layer's name (BFL's, diffusers' or XLabs'; with dots, or
+with all of them turned into underscores) and an ending (what the tensor is to the layer). All layers come from the
+tables of `weights.keys`; both spellings of them are looked up whole, so an underscore can never be read two ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..weights.keys import TRANSFORMER_DIRECT, TRANSFORMER_FUSED, TRANSFORMER_SWAPPED
+
+
+@dataclass(frozen=True)
+class Target:
+    """A native linear layer, or the rows of one, or (with `value`) a tensor that is set whole."""
+
+    part: str  # transformer, clip, t5
+    layer: str
+    layout: str  # whose name the file uses: BFL, diffusers, XLabs, transformers
+    above: int | None = None  # of a joined layer: how many times the model's width stands above these rows; None: all
+    swap: bool = False  # halves of the rows stand the other way round
+    value: bool = False
+
+
+@dataclass(frozen=True)
+class Name:
+    """A tensor's name, taken apart."""
+
+    base: str  # everything before the ending: the file's own name of the layer
+    slot: str  # what the tensor is: down, up, bias, alpha, lengths, diff, lokr_w1 ...
+    origin: str = ""  # whose prefix it is
+    target: Target | None = None  # None: no layer of FLUX.1
+
+
+# What a tensor is to its layer. Between `lora_A` and `weight` PEFT may put the name of an adapter.
+_ENDINGS = {
+    "down": r"lora_A(?:\.[^.]+)?\.weight|lora_A|lora[._]down(?:\.weight)?|(?:lora_linear_layer\.)?down\.weight",
+    "up": r"lora_B(?:\.[^.]+)?\.weight|lora_B|lora[._]up(?:\.weight)?|(?:lora_linear_layer\.)?up\.weight",
+    "bias": r"lora_B(?:\.[^.]+)?\.bias|lora[._]up\.bias",
+    "lengths": r"dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
+    "own": r"alpha|diff|diff_b|set_weight|reshape_weight|lokr_w[12](?:_[ab])?|lokr_t[12]|hada_w[12]_[ab]|hada_t[12]",
+}
+_NAME = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{slot}>{text})" for slot, text in _ENDINGS.items()) + ")")
+
+# Prefix, the sign between a name's parts, the parts of the model it can mean, and who writes so.
+_PREFIXES = (
+    ("lora_unet_", "_", ("transformer",), "kohya"),
+    ("lora_transformer_", "_", ("transformer",), "OneTrainer"),
+    ("lycoris_", "_", ("transformer",), "LyCORIS"),
+    # Programs count the text encoders differently, but their layers have different names.
+    *((f"lora_te{number}_", "_", ("clip", "t5"), "text encoder") for number in ("", "1", "2", "3")),
+    ("base_model.model.", ".", ("transformer",), "PEFT"),
+    ("model.diffusion_model.", ".", ("transformer",), "ComfyUI"),
+    ("diffusion_model.", ".", ("transformer",), "ComfyUI"),
+    ("transformer.", ".", ("transformer",), "diffusers"),
+    ("text_encoders.clip_l.transformer.", ".", ("clip",), "text encoder"),
+    ("text_encoders.t5xxl.transformer.", ".", ("t5",), "text encoder"),
+    ("text_encoder.", ".", ("clip",), "text encoder"),
+    ("text_encoder_2.", ".", ("t5",), "text encoder"),
+    ("clip_l.", ".", ("clip",), "text encoder"),
+    ("t5xxl.", ".", ("t5",), "text encoder"),
+    ("t5.", ".", ("t5",), "text encoder"),
+    ("", ".", ("transformer", "clip", "t5"), "bare"),
+)
+
+_XLABS = {
+    "double_blocks.{}.processor.qkv_lora1": Target("transformer", "double_blocks.{}.img_attn.qkv", "XLabs"),
+    "double_blocks.{}.processor.qkv_lora2": Target("transformer", "double_blocks.{}.txt_attn.qkv", "XLabs"),
+    "double_blocks.{}.processor.proj_lora1": Target("transformer", "double_blocks.{}.img_attn.proj", "XLabs"),
+    "double_blocks.{}.processor.proj_lora2": Target("transformer", "double_blocks.{}.txt_attn.proj", "XLabs"),
+    "single_blocks.{}.processor.qkv_lora": Target("transformer", "single_blocks.{}.linear1", "XLabs", above=0),
+    "single_blocks.{}.processor.proj_lora": Target("transformer", "single_blocks.{}.linear2", "XLabs"),
+}
+_CLIP = (
+    *(f"encoder.layers.{{}}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+    *(f"encoder.layers.{{}}.mlp.fc{number}" for number in (1, 2)),
+)
+_T5 = (
+    *(f"encoder.block.{{}}.layer.0.SelfAttention.{name}" for name in "qkvo"),
+    *(f"encoder.block.{{}}.layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+)
+
+
+def _transformer_targets() -> Iterator[tuple[str, Target]]:
+    """Names without the ending `.*`, in both layouts; those without that ending in the table are values."""
+    for native, foreign in TRANSFORMER_DIRECT.items():
+        value = not native.endswith(".*")
+        yield native, Target("transformer", native, "BFL", value=value)
+        yield foreign, Target("transformer", native, "diffusers", value=value)
+    for native, parts in TRANSFORMER_FUSED.items():
+        yield native, Target("transformer", native, "BFL")
+        for above, foreign in enumerate(parts):
+            yield foreign, Target("transformer", native, "diffusers", above)
+    for native, foreign in TRANSFORMER_SWAPPED.items():
+        yield native, Target("transformer", native, "BFL")
+        yield foreign, Target("transformer", native, "diffusers", swap=True)
+
+
+def _table() -> dict[str, dict[str, Target]]:
+    """Part -> a layer's name with `{}` for the number of its block -> its target, of the same number."""
+    transformer = {
+        name.removesuffix(".*"): replace(target, layer=target.layer.removesuffix(".*"))
+        for name, target in _transformer_targets()
+    }
+    clip = {f"{prefix}{name}": Target("clip", name, "transformers") for name in _CLIP for prefix in ("", "text_model.")}
+    t5 = {name: Target("t5", name, "transformers") for name in _T5}
+    return {"transformer": {**transformer, **_XLABS}, "clip": clip, "t5": t5}
+
+
+_TABLES = {".": _table()}
+_TABLES["_"] = {
+    part: {name.replace(".", "_"): target for name, target in table.items()} for part, table in _TABLES["."].items()
+}
+_NUMBER = re.compile(r"((?:blocks|layers|block)[._])(0|[1-9]\d{0,3})(?=[._])")
+
+
+def _layer(name: str, separator: str, parts: tuple[str, ...]) -> Target | None:
+    """The target of a layer's name without its prefix."""
+    found = _NUMBER.search(name)
+    key = f"{name[: found.start(2)]}{{}}{name[found.end(2) :]}" if found else name
+    for part in parts:
+        target = _TABLES[separator][part].get(key)
+        if target is not None:
+            return replace(target, layer=target.layer.format(found[2])) if found else target
+    return None
+
+
+def _find(base: str) -> tuple[str, Target] | None:
+    """Who writes a layer's name so, and the layer."""
+    for prefix, separator, parts, origin in _PREFIXES:
+        if base.startswith(prefix):
+            target = _layer(base[len(prefix) :], separator, parts)
+            if target is not None:
+                return origin, target
+    return None
+
+
+def take_apart(name: str) -> Name | None:
+    """What a tensor's name says; None where neither its ending nor its whole says anything."""
+    ending = _NAME.fullmatch(name)
+    if ending is None:
+        hit = _find(name)
+        return Name(name, "value", *hit) if hit and hit[1].value else None
+    base, slot = ending[1], ending.lastgroup
+    hit = _find(base)
+    return Name(base, ending[slot] if slot == "own" else slot, *(hit or ()))
+
+
+def format_of(found: list[Name]) -> str:
+    """The formats of a file in plain words, from names that have a target; the text encoders' tell little."""
+    layouts = {(name.origin, name.target.layout) for name in found if name.slot != "value"}
+    telling = {pair for pair in layouts if pair[0] != "text encoder"} or layouts
+    slots = {name.slot for name in found}
+    return " + ".join(sorted({_format(origin, layout, slots) for origin, layout in telling}))
+
+
+def _format(origin: str, layout: str, slots: set[str]) -> str:
+    if layout == "XLabs":
+        return "XLabs"
+    if (origin, layout) == ("PEFT", "BFL"):
+        return "fal Kontext"
+    if origin == "ComfyUI" and {"down", "up"} <= slots:
+        return "AI-Toolkit"
+    if origin == "bare":
+        return "BFL control" if layout == "BFL" and "value" in slots else layout
+    return origin

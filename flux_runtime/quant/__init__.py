@@ -1,0 +1,1 @@
+"""Weights in fewer bits: one file for each scheme, each a different linear layer."""

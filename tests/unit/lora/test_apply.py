@@ -1,0 +1,328 @@
+"""LoRAs on a model: every flavour equals the weight written out, on every kind of weight, and leaves no trace."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcanvas.flux_runtime import FluxError, FluxParams
+from fluxcanvas.flux_runtime.lora.apply import applied, applied_to_encoder
+from fluxcanvas.flux_runtime.lora.fit import fit
+from fluxcanvas.flux_runtime.lora.formats import Lora
+from fluxcanvas.flux_runtime.lora.patches import Full, Hadamard, Kronecker, LowRank, Magnitude
+from fluxcanvas.flux_runtime.lora.stack import LoraStack, parse_factors
+from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
+from fluxcanvas.flux_runtime.quant.gguf import Gguf
+from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
+from fluxcanvas.flux_runtime.quant.swap import quantise, sharing_copy
+
+TINY = FluxParams(
+    vec_in_dim=32,
+    context_in_dim=32,
+    hidden_size=64,
+    num_heads=2,
+    mlp_hidden=256,
+    depth=2,
+    depth_single=2,
+    axes_dim=(4, 14, 14),
+)
+KINDS = ("float32", "bfloat16", "fp8", "gguf", "bnb-int8", "bnb-nf4")
+
+
+def numbers(seed: int):
+    rng = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=rng) * 0.2
+
+
+def flavours(seed: int = 1) -> dict:
+    """A change of every kind, on layers of every kind."""
+    r = numbers(seed)
+    return {
+        "double_blocks.0.img_attn.qkv": (
+            LowRank((64, 128), down=r(4, 64), up=r(64, 4), alpha=2.0),
+            LowRank(down=r(3, 64), up=r(192, 3), bias=r(192)),
+        ),
+        "single_blocks.0.linear1": (Kronecker(w1=(r(8, 4),), w2=(r(56, 2), r(2, 16)), alpha=1.0),),
+        "double_blocks.1.img_mlp.0": (Hadamard(w1=(r(256, 3), r(3, 64)), w2=(r(256, 3), r(3, 64)), alpha=3.0),),
+        "double_blocks.1.txt_mlp.2": (Full(diff=r(64, 256), bias=r(64)),),
+        "single_blocks.1.linear2": (
+            Magnitude(change=LowRank(down=r(2, 320), up=r(64, 2)), lengths=r(64, 1).abs()),
+            LowRank(down=r(2, 320), up=r(64, 2)),
+        ),
+        "double_blocks.0.img_mlp.2": (Magnitude(change=LowRank(down=r(2, 256), up=r(64, 2)), lengths=r(1, 256).abs()),),
+        "double_blocks.0.img_mod.lin": (LowRank(down=r(2, 64), up=r(384, 2)),),
+        "final_layer.adaLN_modulation.1": (LowRank(down=r(2, 64), up=r(128, 2)),),
+    }
+
+
+def lora(layers: dict | None = None, part: str = "transformer", **more) -> Lora:
+    return Lora("test", Path("test.safetensors"), "test", {part: flavours() if layers is None else layers}, **more)
+
+
+def plain(dtype: torch.dtype = torch.float32) -> FluxTransformer:
+    torch.manual_seed(0)
+    model = FluxTransformer(TINY)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def as_gguf(model: FluxTransformer) -> FluxTransformer:
+    gguf = pytest.importorskip("gguf", reason="the test extra installs gguf, which packs the weights here")
+    packed = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            blocks = gguf.quants.quantize(layer.weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            weight = torch.from_numpy(np.ascontiguousarray(blocks))
+            packed[name] = PackedLinear(
+                [Gguf.from_stored(weight, {}, tuple(layer.weight.shape), {"type": "Q8_0"})], layer.bias
+            )
+    return sharing_copy(model, packed)
+
+
+@pytest.fixture(scope="module")
+def model_of():
+    """`model_of(kind)` -> a tiny transformer whose weights are stored so."""
+
+    def make(kind: str) -> FluxTransformer:
+        if kind in ("float32", "bfloat16"):
+            return plain(getattr(torch, kind))
+        return as_gguf(plain()) if kind == "gguf" else quantise(plain(), kind)[0]
+
+    return make
+
+
+def velocity(model: FluxTransformer) -> torch.Tensor:
+    r, dtype = numbers(7), model.dtype
+    txt, img, pooled = r(1, 5, 32).to(dtype) * 5, r(1, 6, model.params.in_channels).to(dtype) * 5, r(1, 32).to(dtype)
+    context = model.prepare(txt, torch.zeros(11, 3))
+    return model(img, context, model.modulate(model.embed(torch.tensor([0.5]), torch.tensor([3.5]), pooled))).float()
+
+
+def written_out(model: FluxTransformer, stack: LoraStack) -> FluxTransformer:
+    """The model with plain weights into which the changes are written, by their definition."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, PackedLinear))}
+    dense = {}
+    for name, layer in layers.items():
+        weight = weight_of(layer, torch.float32)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        linear.weight.data, linear.bias.data = weight.clone(), layer.bias.float().clone()
+        for patch, strength in stack.patches("transformer").get(name, ()):
+            start, stop = patch.rows or (0, len(weight))
+            linear.weight.data[start:stop].add_(patch.delta(weight[start:stop]), alpha=strength)
+            if patch.bias is not None:
+                linear.bias.data[start:stop] += strength * patch.bias
+        dense[name] = linear.to(model.dtype)
+    return sharing_copy(model, dense)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def bytes_of(model: torch.nn.Module) -> dict[str, bytes]:
+    return {n: t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in model.state_dict().items()}
+
+
+# An exact weight in float32; LLM.int8 rounds its inputs too, and bfloat16 every layer's result.
+TOLERANCE = {"float32": 1e-6, "fp8": 1e-6, "gguf": 1e-6, "bnb-nf4": 1e-5, "bfloat16": 0.03, "bnb-int8": 0.05}
+
+
+@pytest.mark.parametrize("mode", ["auto", "beside", "merged"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_flavour_equals_the_weight_written_out_and_leaves_no_trace(model_of, kind, mode):
+    model = model_of(kind)
+    stack = LoraStack().plus(lora(), 0.7).plus(lora(flavours(2)), -0.3)
+    before, modules, base = bytes_of(model), dict(model.named_modules()), velocity(model)
+    expected = velocity(written_out(model, stack))
+    with applied(model, stack, mode):
+        got = velocity(model)
+    assert relative(got, expected) < TOLERANCE[kind] < 0.1 < relative(base, expected)
+    assert bytes_of(model) == before
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert torch.equal(velocity(model), base)
+
+
+@pytest.mark.parametrize("kind", ["float32", "fp8", "gguf"])
+def test_an_exception_inside_leaves_no_trace_either(model_of, kind):
+    model = model_of(kind)
+    before = bytes_of(model)
+    with pytest.raises(KeyboardInterrupt), applied(model, LoraStack().plus(lora())):
+        raise KeyboardInterrupt
+    assert bytes_of(model) == before and list(before) == list(model.state_dict())
+
+
+def test_merging_a_bfloat16_weight_rounds_once(model_of):
+    model, stack = model_of("bfloat16"), LoraStack().plus(lora(), 0.7)
+    expected = written_out(model, stack)
+    with applied(model, stack, "merged"):
+        for name in stack.patches("transformer"):
+            assert torch.equal(model.get_submodule(name).weight, expected.get_submodule(name).weight), name
+
+
+def test_weights_by_block_and_by_part(model_of):
+    entry = LoraStack().plus(lora(), 0.5, text_weight=0.2, factors=parse_factors("double: 0.5; double.1: 0")).entries[0]
+    assert entry.weight_on("transformer", "double_blocks.0.img_mlp.2") == 0.25
+    assert entry.weight_on("transformer", "double_blocks.1.img_mlp.0") == 0
+    assert entry.weight_on("transformer", "single_blocks.0.linear1") == 0.5
+    assert entry.weight_on("clip", "encoder.layers.0.mlp.fc1") == 0.2
+    ranged = parse_factors("double_blocks.0-1 = 0.5\nsingle_transformer_blocks.*.linear2: -1, img_mod: 2")
+    assert [f.fits("double_blocks.1.img_mlp.0") for f in ranged] == [True, False, False]
+    assert [f.fits("single_blocks.1.linear2") for f in ranged] == [False, True, False]
+    assert [f.fits("double_blocks.12.img_mod.lin") for f in ranged] == [False, False, True]
+
+
+@pytest.mark.parametrize("text", ["double_blocks", "double: x", ": 1", "a b: 1", "double: nan", "double: inf"])
+def test_words_that_are_no_weights_are_refused(text):
+    with pytest.raises(FluxError, match="is no weight for a block"):
+        parse_factors(text)
+
+
+def test_a_factor_that_fits_nothing_is_named():
+    with pytest.raises(FluxError, match=r"'double_blocks.7' fits no layer of the LoRA test"):
+        LoraStack().plus(lora(), factors=parse_factors("double_blocks.7: 0.5"))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(FluxError, match="not a number"):
+        LoraStack().plus(lora(), weight)
+
+
+class TestControl:
+    """A LoRA that reads 128 channels and sets norms."""
+
+    @pytest.fixture
+    def control(self) -> Lora:
+        r = numbers(3)
+        layers = flavours() | {"img_in": (LowRank(down=r(4, 128), up=r(64, 4), bias=r(64)),)}
+        values = {
+            "double_blocks.0.img_attn.norm.query_norm.scale": 1 + r(32),
+            "single_blocks.1.norm.key_norm.scale": r(32),
+        }
+        return lora(layers, values=values)
+
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "gguf"])
+    def test_it_widens_and_restores(self, model_of, control, kind):
+        model = model_of(kind)
+        before, base, params = bytes_of(model), velocity(model), model.params
+        narrow = weight_of(model.img_in, torch.float32)
+        with applied(model, LoraStack().plus(control, 0.85)):
+            assert model.params.in_channels == 128 and velocity(model).shape == base.shape
+            wide = model.img_in.base
+            assert torch.equal(wide.weight[:, :64].float(), narrow.to(model.dtype).float())
+            assert not wide.weight[:, 64:].any()
+            norm = model.double_blocks[0].img_attn.norm.query_norm.scale
+            assert torch.equal(norm, control.values["double_blocks.0.img_attn.norm.query_norm.scale"].to(model.dtype))
+        assert model.params is params and bytes_of(model) == before and torch.equal(velocity(model), base)
+
+    def test_its_weight_does_not_scale_the_norms_and_nothing_is_set_at_zero(self, model_of, control):
+        model = model_of("float32")
+        with applied(model, LoraStack().plus(control, 0.5)):
+            assert torch.equal(
+                model.single_blocks[1].norm.key_norm.scale, control.values["single_blocks.1.norm.key_norm.scale"]
+            )
+        with applied(model, LoraStack().plus(control, 0.0)):
+            assert model.params.in_channels == 64
+            assert not torch.equal(
+                model.single_blocks[1].norm.key_norm.scale, control.values["single_blocks.1.norm.key_norm.scale"]
+            )
+
+    def test_the_control_columns_matter(self, model_of, control):
+        model = model_of("float32")
+        with applied(model, LoraStack().plus(control)):
+            r, x = numbers(9), torch.ones(1, 6, 128)
+            changed = x.clone()
+            changed[..., 64:] = r(1, 6, 64)
+            assert relative(model.img_in(changed), model.img_in(x)) > 0.1
+
+    def test_a_narrow_lora_beside_it_sees_the_canvas_alone(self, model_of, control):
+        model, r = model_of("float32"), numbers(5)
+        turbo = lora({"img_in": (LowRank(down=r(4, 64), up=r(64, 4)),)})
+        x = torch.cat([torch.zeros(1, 6, 64), r(1, 6, 64)], dim=-1)
+        with applied(model, LoraStack().plus(control)):
+            alone = model.img_in(x)
+        with applied(model, LoraStack().plus(control).plus(turbo)):
+            assert torch.allclose(model.img_in(x), alone)
+
+    def test_a_fill_model_cannot_be_widened(self, control):
+        fill = FluxTransformer(FluxParams(**{**vars(TINY), "in_channels": 96}))
+        with (
+            pytest.raises(FluxError, match="cannot widen a model that reads 96"),
+            applied(fill, LoraStack().plus(control)),
+        ):
+            pass
+
+
+class TestFit:
+    def test_what_matches_and_what_does_not_is_told(self, model_of):
+        more = flavours() | {"double_blocks.9.img_mlp.0": (LowRank(down=torch.ones(1, 64), up=torch.ones(256, 1)),)}
+        report = fit(lora(more, unused=("odd.key",)), {"transformer": model_of("float32")})
+        assert report.matched == {"transformer": 8} and report.absent == ("double_blocks.9.img_mlp.0",)
+        assert "8 transformer layers" in report.text() and "1: odd.key" in report.text()
+
+    def test_another_models_sizes_are_refused(self, model_of):
+        wide = {"double_blocks.0.img_mlp.0": (LowRank(down=torch.ones(1, 128), up=torch.ones(256, 1)),)}
+        with pytest.raises(
+            FluxError, match=r"made for another model: its layer double_blocks.0.img_mlp.0 is 256 x 128"
+        ):
+            fit(lora(wide), {"transformer": model_of("float32")})
+
+    def test_a_lora_that_changes_nothing_is_refused(self, model_of):
+        deep = {"double_blocks.9.img_mlp.0": (LowRank(down=torch.ones(1, 64), up=torch.ones(256, 1)),)}
+        with pytest.raises(FluxError, match="changes nothing of this model"):
+            fit(lora(deep), {"transformer": model_of("float32")})
+
+    def test_norms_of_another_size_are_refused(self, model_of):
+        values = {"single_blocks.1.norm.key_norm.scale": torch.ones(7)}
+        with pytest.raises(FluxError, match=r"sets single_blocks.1.norm.key_norm.scale"):
+            fit(lora(values=values), {"transformer": model_of("float32")})
+
+
+def test_text_encoders_too():
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
+    clip = CLIPTextModel(CLIPTextConfig(**sizes)).eval()
+    t5 = T5EncoderModel(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=2)).eval()
+    r, ids = numbers(4), torch.arange(7)[None]
+    cases = {
+        "clip": (clip, "encoder.layers.0.mlp.fc1", (40, 32)),
+        "t5": (t5, "encoder.block.0.layer.1.DenseReluDense.wo", (32, 40)),
+    }
+    for part, (encoder, name, (out, into)) in cases.items():
+        change = lora({name: (LowRank(down=r(2, into), up=r(out, 2)),)}, part)
+        with torch.no_grad():
+            base = encoder(ids).last_hidden_state
+            with applied_to_encoder(encoder, part, LoraStack().plus(change)):
+                got = encoder(ids).last_hidden_state
+            dense = copy.deepcopy(encoder)
+            layer = next(m for n, m in dense.named_modules() if n.endswith(name))
+            layer.weight += change.layers[part][name][0].delta(layer.weight)
+            assert relative(got, dense(ids).last_hidden_state) < 1e-6 < 1e-3 < relative(base, got)
+            assert torch.equal(encoder(ids).last_hidden_state, base)
+
+
+def test_another_weight_or_another_lora_of_the_same_rank_compiles_nothing_anew():
+    from torch._dynamo.utils import counters
+
+    model = plain()
+    torch._dynamo.reset()
+    counters.clear()
+    for block in [*model.double_blocks, *model.single_blocks]:
+        block.compile(backend="eager", fullgraph=True)
+    first = None
+    for seed, weight in [(1, 0.7), (1, 0.2), (2, -1.3), (3, 1.0)]:
+        with applied(model, LoraStack().plus(lora(flavours(seed)), weight), "beside"):
+            velocity(model)
+        first = first or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == first
+    torch._dynamo.reset()
