@@ -117,14 +117,14 @@ def save_model(
     ] = "flux1",
 ) -> Annotated[STRING, Output("path"), "Where the file is."]:
     """Saves the transformer as one file in diffusion_models, as it is stored now, for Load FLUX and Load FLUX Parts."""
-    from ..flux_runtime.quant.save import save_transformer
+    from ..flux_runtime.quant.save import save_module
     from ..flux_runtime.weights.load import choose_schedule
     from ..flux_runtime.weights.report import human
 
     host = current()
     path = _free_path(_folder(host), filename_prefix, model.variant.name)
     tell = _telling(host, f"saving {path.name}")
-    size = save_transformer(model.transformer, path, progress=tell)
+    size = save_module(model.transformer, path, progress=tell)
     lines = [f"saved {path}", human(size, "B", 1000)]
     if model.loras:
         names = ", ".join(entry.lora.name for entry in model.loras.entries)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import FluxError
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -23,8 +24,11 @@ READERS = {
 
 
 def unpack(stored: Stored, device: torch.device | str = "cpu") -> Packed:
-    """A packed tensor of a file as a weight that a linear layer can hold."""
+    """A packed tensor of a file as a weight that a linear layer can hold; errors name the tensor."""
     module, name = READERS[stored.packing.scheme]
     reader: type[Packed] = getattr(importlib.import_module(f".{module}", __package__), name)
     sides = {side: tensor.read() for side, tensor in stored.packing.sides.items()}
-    return reader.from_stored(stored.read(), sides, stored.shape, stored.packing.facts).to(device)
+    try:
+        return reader.from_stored(stored.read(), sides, stored.shape, stored.packing.facts).to(device)
+    except FluxError as error:
+        raise FluxError(f"{stored.name}: {error}") from error

@@ -38,21 +38,6 @@ FACTS: dict[str, dict[str, str]] = {
 }
 
 
-def save_transformer(
-    transformer: nn.Module,
-    path: str | Path,
-    *,
-    overwrite: bool = False,
-    metadata: Mapping[str, str] | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> int:
-    """Write a transformer under the names of the original checkpoints; the size of the file in bytes.
-
-    Nothing appears under `path` before all of it is written. Raises `FluxError` where it cannot be written, or exists.
-    """
-    return save_module(transformer, path, overwrite=overwrite, metadata=metadata, progress=progress)
-
-
 def save_module(
     module: nn.Module,
     path: str | Path,
@@ -61,7 +46,10 @@ def save_module(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> int:
-    """The same for any module, such as the T5 encoder, under its own names."""
+    """Write a transformer (or any module, such as the T5 encoder) under its own names; the file's size in bytes.
+
+    Nothing appears under `path` before all of it is written. Raises `FluxError` where it cannot be written, or exists.
+    """
     from .write import write_tensors
 
     target = _checked(Path(path).expanduser(), overwrite)

@@ -163,14 +163,6 @@ def _in_scheme(pack: Packed, wanted: Scheme) -> Packed | None:
     return None
 
 
-def quantise_linear(linear: nn.Linear, scheme: str) -> nn.Module:
-    """One linear layer by the scheme of that name; the layer itself where its shape does not suit it."""
-    chosen = scheme_of(scheme)
-    if chosen.unsuitable(tuple(linear.weight.shape)):
-        return linear
-    return PackedLinear([chosen.make(linear.weight)], linear.bias)
-
-
 def quantise(
     module: nn.Module, scheme: str, *, keep: Iterable[str] = KEPT, progress: Callable[[float], None] | None = None
 ) -> tuple[nn.Module, Summary]:

@@ -184,11 +184,12 @@ def fill(
     total, done = max(stored_bytes(component.tensors), 1), 0
     for name in names:
         tensor = component.tensors[plain_name(component.kind, name)]
-        packs = _packs(module, name, tensor, device, _dtype_of(component.kind, name, dtype), pack)
+        own = _dtype_of(component.kind, name, dtype)
+        packs = _packs(module, name, tensor, device, own, pack) if own == dtype else []
         if packs:
             _replace_linear(module, name.removesuffix(".weight"), packs, pack)
         else:
-            state[name] = tensor.read(device, _dtype_of(component.kind, name, dtype))
+            state[name] = tensor.read(device, own)
         done += sum(stored.nbytes for stored in tensor.sources)
         if tick:
             tick(min(done / total, 1.0))

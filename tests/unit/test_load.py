@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fluxcanvas.flux_runtime import FluxError, load_flux, load_parts
-from fluxcanvas.flux_runtime.quant.packed import weight_of
+from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
 from fluxcanvas.flux_runtime.variants import VARIANTS
 from fluxcanvas.flux_runtime.weights.devices import choose_dtype
 from fluxcanvas.flux_runtime.weights.files import TensorFile
@@ -205,6 +205,14 @@ class TestTypes:
         flux = load(folder, dtype="fp16")
         wide = {name for name, t in flux.text.t5.named_parameters() if t.dtype == torch.float32}
         assert wide == {f"encoder.block.{i}.layer.1.DenseReluDense.wo.weight" for i in range(2)}
+        assert torch.isfinite(flux.text.encode("a cat").tokens).all()
+
+    def test_fp16_keeps_them_from_an_fp8_file_too(self, parts, rename, tokenizers):
+        linear = (".q.weight", ".wi_0.weight", ".wo.weight")
+        rename(parts["t5"], lambda t: {n: v.to(torch.float8_e4m3fn) if n.endswith(linear) else v for n, v in t.items()})
+        flux = load_parts(**parts, device="cpu", dtype="fp16", tokenizers=tokenizers)
+        feed_forward = flux.text.t5.encoder.block[0].layer[1].DenseReluDense
+        assert feed_forward.wo.weight.dtype == torch.float32 and isinstance(feed_forward.wi_0, PackedLinear)
         assert torch.isfinite(flux.text.encode("a cat").tokens).all()
 
     @pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"dtype": torch.float8_e4m3fn}, {"device": "toaster"}])

@@ -270,11 +270,11 @@ class TestEightBits:
         pack, x, bias = Bnb8.quantise(self.weight), numbers(2, 5, 96, seed=1), numbers(48, seed=2)
         assert torch.equal(pack.linear(x, bias), F.linear(x, pack.dequantise(torch.float32), bias))
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("outlier", [0.0, 40.0, 1e5])
+    @pytest.mark.parametrize(
+        ("dtype", "outlier"),
+        [(dtype, size) for dtype in DTYPES for size in (0.0, 40.0, 1e5) if size < torch.finfo(dtype).max],
+    )
     def test_product_is_the_library_s(self, dtype, outlier):
-        if outlier > 6e4 and dtype == torch.float16:
-            pytest.skip("more than float16 holds")
         pack, bias = Bnb8.quantise(self.weight), numbers(48, seed=2).to(dtype)
         x = numbers(2, 5, 96, seed=1).to(dtype)
         x[0, 3, 7] += outlier

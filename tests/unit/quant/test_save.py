@@ -13,7 +13,7 @@ from fluxcanvas.flux_runtime.quant import write
 from fluxcanvas.flux_runtime.quant.fp8 import Fp8
 from fluxcanvas.flux_runtime.quant.gguf import Gguf
 from fluxcanvas.flux_runtime.quant.packed import Packed, PackedLinear
-from fluxcanvas.flux_runtime.quant.save import HEADER, MARKER, packings_from, save_module, save_transformer
+from fluxcanvas.flux_runtime.quant.save import HEADER, MARKER, packings_from, save_module
 from fluxcanvas.flux_runtime.quant.schemes import SCHEMES
 from fluxcanvas.flux_runtime.quant.swap import quantise
 from fluxcanvas.flux_runtime.variants import FluxParams
@@ -73,20 +73,20 @@ def same(a, b):
 
 class TestThereAndBack:
     def test_plain(self, transformer, path):
-        size = save_transformer(transformer, path)
+        size = save_module(transformer, path)
         assert path.stat().st_size == size
         same(read(path), transformer)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_every_scheme(self, name, transformer, path):
         made, _ = quantise(transformer, name)
-        save_transformer(made, path)
+        save_module(made, path)
         same(read(path), made)
 
     def test_again_after_reading(self, transformer, path, tmp_path):
         made, _ = quantise(transformer, "bnb-nf4")
-        save_transformer(made, path)
-        save_transformer(read(path), tmp_path / "again.safetensors")
+        save_module(made, path)
+        save_module(read(path), tmp_path / "again.safetensors")
         assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
     def test_gguf_and_layers_of_several_pieces(self, transformer, path):
@@ -96,13 +96,13 @@ class TestThereAndBack:
         halves = [Fp8(weight, torch.tensor([[1 / len(weight)]])) for weight in ones]
         block.txt_attn.qkv = PackedLinear(halves, block.txt_attn.qkv.bias)
         block.txt_attn.proj = PackedLinear([gguf(64)], block.txt_attn.proj.bias)
-        save_transformer(transformer, path)
+        save_module(transformer, path)
         same(read(path), transformer)
         assert f"{QKV}.packs.2.weight" in TensorFile(path).header.entries
 
     def test_through_the_loader(self, transformer, path):
         made, _ = quantise(transformer, "fp8")
-        save_transformer(made, path)
+        save_module(made, path)
         same(load_parts(transformer=path, clip=None, t5=None, vae=None, dtype="bfloat16").transformer, made)
 
     def test_a_text_encoder(self, parts, path, tokenizers):
@@ -117,16 +117,16 @@ class TestThereAndBack:
         assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
 
     def test_over_the_file_it_is_mapped_from(self, transformer, path):
-        save_transformer(transformer, path)
+        save_module(transformer, path)
         loaded = read(path)
-        save_transformer(loaded, path, overwrite=True)
+        save_module(loaded, path, overwrite=True)
         same(loaded, transformer)
         same(read(path), transformer)
 
 
 class TestForOtherPrograms:
     def test_the_library_reads_the_file(self, transformer, path):
-        save_transformer(transformer, path, metadata={"title": "tiny"})
+        save_module(transformer, path, metadata={"title": "tiny"})
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt", "title": "tiny"}
             assert set(file.keys()) == set(transformer.state_dict())
@@ -134,13 +134,13 @@ class TestForOtherPrograms:
 
     def test_tensors_lie_at_multiples_of_their_element_size(self, transformer, path):
         made, _ = quantise(transformer, "fp8")
-        save_transformer(made, path)
+        save_module(made, path)
         wide = {"F32": 4, "BF16": 2}
         assert all(entry.start % wide.get(entry.dtype, 1) == 0 for entry in TensorFile(path).header.entries.values())
 
     def test_fp8_has_comfyuis_names(self, transformer, path):
         made, _ = quantise(transformer, "fp8")
-        save_transformer(made, path)
+        save_module(made, path)
         entries = TensorFile(path).header.entries
         assert entries[f"{QKV}.weight"].dtype == "F8_E4M3" and entries[f"{QKV}.scale_weight"].shape == ()
         assert (entries[MARKER].dtype, entries[MARKER].shape) == ("F8_E4M3", (2,))
@@ -149,19 +149,19 @@ class TestForOtherPrograms:
         linear = transformer.single_blocks[0].linear2
         pack = Fp8.quantise(linear.weight, matmul=True)
         transformer.single_blocks[0].linear2 = PackedLinear([pack], linear.bias)
-        save_transformer(transformer, path)
+        save_module(transformer, path)
         assert TensorFile(path).header.entries[MARKER].shape == (0,)
 
     def test_fp8_without_scales_has_no_marker(self, transformer, path):
         linear = transformer.single_blocks[0].linear2
         transformer.single_blocks[0].linear2 = PackedLinear([Fp8(linear.weight.to(torch.float8_e5m2))], linear.bias)
-        save_transformer(transformer, path)
+        save_module(transformer, path)
         assert MARKER not in TensorFile(path).header.entries
 
     @pytest.mark.parametrize("name", ["fp8", "bnb-int8", "bnb-nf4"])
     def test_files_are_read_without_our_header_too(self, name, transformer, path):
         made, _ = quantise(transformer, name)
-        save_transformer(made, path)
+        save_module(made, path)
         component = sort_out(TensorFile(path).tensors(), (str(path),)).components["transformer"]
         again = build.fill(component, build.skeleton(component), torch.device("cpu"), torch.bfloat16)
         same(again, made)
@@ -171,23 +171,23 @@ class TestRefusals:
     def test_a_file_that_exists(self, transformer, path):
         path.write_text("precious")
         with pytest.raises(FluxError, match="exists; choose another name"):
-            save_transformer(transformer, path)
+            save_module(transformer, path)
         assert path.read_text() == "precious"
 
     @pytest.mark.parametrize("name", ["missing/model.safetensors", "model.bin", "model"])
     def test_names(self, name, transformer, tmp_path):
         with pytest.raises(FluxError, match=r"create it|must end in \.safetensors"):
-            save_transformer(transformer, tmp_path / name)
+            save_module(transformer, tmp_path / name)
 
     def test_a_folder_in_its_place(self, transformer, path):
         path.mkdir()
         with pytest.raises(FluxError, match="exists"):
-            save_transformer(transformer, path, overwrite=True)
+            save_module(transformer, path, overwrite=True)
 
     def test_too_little_room(self, transformer, path, monkeypatch):
         monkeypatch.setattr(write.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
         with pytest.raises(FluxError, match="make room"):
-            save_transformer(transformer, path)
+            save_module(transformer, path)
         assert not list(path.parent.iterdir())
 
     @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -200,12 +200,12 @@ class TestRefusals:
 
         expected = FluxError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected):
-            save_transformer(transformer, path, overwrite=True, progress=fail)
+            save_module(transformer, path, overwrite=True, progress=fail)
         assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_text() == "precious"
 
     def test_progress(self, transformer, path):
         told = []
-        save_transformer(transformer, path, progress=told.append)
+        save_module(transformer, path, progress=told.append)
         assert told == sorted(told) and told[-1] == 1
 
 
@@ -214,7 +214,7 @@ class TestLyingHeaders:
     def saved(self, transformer, path):
         linear = transformer.single_blocks[0].linear2
         transformer.single_blocks[0].linear2 = PackedLinear([gguf(64, 192)], linear.bias)
-        save_transformer(transformer, path)
+        save_module(transformer, path)
         file = TensorFile(path)
         return file.tensors(), json.loads(file.header.metadata[HEADER])
 

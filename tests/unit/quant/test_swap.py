@@ -12,7 +12,7 @@ from fluxcanvas.flux_runtime.quant.fp8 import Fp8
 from fluxcanvas.flux_runtime.quant.gguf import Gguf
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear
 from fluxcanvas.flux_runtime.quant.schemes import SCHEMES, scheme
-from fluxcanvas.flux_runtime.quant.swap import KEPT, Quantiser, quantise, quantise_linear, sharing_copy
+from fluxcanvas.flux_runtime.quant.swap import KEPT, Quantiser, quantise, sharing_copy
 from fluxcanvas.flux_runtime.variants import FluxParams
 
 # The largest relative error of a normally distributed weight that each scheme may make.
@@ -192,12 +192,13 @@ class TestAlreadyPacked:
 
 
 class TestOneLayer:
-    def test_quantise_linear(self):
+    def test_one_layer(self):
         linear = torch.nn.Linear(64, 32).requires_grad_(False)
-        made, x = quantise_linear(linear, "fp8"), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        made = Quantiser("fp8").layer("layer", linear)
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
         assert type(made) is PackedLinear and (made(x) - linear(x)).norm() < 0.05 * linear(x).norm()
         odd = torch.nn.Linear(150, 32)
-        assert quantise_linear(odd, "quanto-int4") is odd
+        assert Quantiser("quanto-int4").layer("layer", odd) is odd
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     @pytest.mark.parametrize("name", ["fp8", "bnb-nf4", "quanto-int8", "torchao-float8"])
