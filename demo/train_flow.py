@@ -16,7 +16,7 @@ from .captions import caption
 from .scenes import COLOR_NAMES, KINDS, Scene, cells
 from .train_latents import Latents
 from .train_text import Text
-from .train_tools import Course, Muon, Plan
+from .train_tools import Course, Muon, Plan, half_precision
 
 TINY = FluxParams(
     vec_in_dim=128,
@@ -205,7 +205,7 @@ def train_flow(
         rng, generator = plan.dice(step)
         meal = kitchen.meal(rng, diet.empty)
         asked, words = Question.about(meal, generator), kitchen.words(meal.texts, meal.length)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             found = velocity(model, asked.noisy, asked.sigma, asked.guidance, words, meal.side)
         loss = weighted_error(found, asked.noise - meal.clean, meal.shown, diet.object_weight)
         return loss + diet.aid * (1 - step / plan.steps) * aided.loss(meal.shown)
@@ -246,7 +246,7 @@ def train_distil(
         words = kitchen.words(
             ["" if blank else text for blank, text in zip(empty, meal.texts, strict=True)], meal.length
         )
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             found = velocity(student, asked.noisy, asked.sigma, asked.guidance, words, meal.side)
         return weighted_error(found, wanted, meal.shown, kitchen.diet.object_weight)
 
@@ -262,7 +262,7 @@ def _guided(teacher: FluxTransformer, kitchen: Kitchen, meal: Meal, asked: Quest
     length = min(meal.length, max(kitchen.diet.lengths))
     words = kitchen.words(meal.texts + [""] * len(meal.texts), length)
     twice = [torch.cat([part, part]) for part in (asked.noisy, asked.sigma, asked.guidance)]
-    with torch.autocast(kitchen.device.type, torch.bfloat16):
+    with half_precision(kitchen.device):
         told, untold = velocity(teacher, *twice, words, meal.side).chunk(2)
     scale = asked.guidance[:, None, None]
     return torch.where(empty[:, None, None], untold, untold + scale * (told - untold))

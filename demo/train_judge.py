@@ -18,6 +18,7 @@ from torch import Tensor
 from .drawing import render
 from .judge_model import EYE, SIDE, Answers, Eye, save_eye, to_eye
 from .scenes import BACKGROUNDS, COLOR_NAMES, KINDS, Scene, sample_scene
+from .train_tools import half_precision
 
 BATCH, PEAK_RATE, WARMUP, COUNTING_RATE = 32, 4e-3, 50, 0.1
 IGNORED = -100
@@ -47,7 +48,7 @@ def train(steps: int, seed: int = 3, out: Path = EYE) -> Eye:
         for group in optimiser.param_groups:
             group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP) * max(0.01, 1 - step / steps)
         pictures, truth = batch(rng, noise)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision(torch.device("cpu")):
             answers = eye(pictures.contiguous(memory_format=torch.channels_last))
         loss = loss_of(answers, truth)
         optimiser.zero_grad()

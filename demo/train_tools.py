@@ -70,6 +70,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 for the products of a step where that is faster; a CPU without AVX-512 is ten times slower with it."""
+    fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
 class Average:
     """An exponential moving average of a model's parameters, with a short memory at first."""
 
