@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -356,6 +357,25 @@ def test_free_lets_go_of_results_between_prompts(line, toys):
     line.put("b", 1)
     line.wait("b")
     assert toys.calls == ["Work", "Work"]
+
+
+@pytest.mark.parametrize("error", [None, ImportError("a broken package")])
+def test_no_prompt_runs_while_packages_are_imported(line, monkeypatch, error):
+    told = []
+
+    def slow():
+        time.sleep(0.2)
+        told.append("imported")
+        if error:
+            raise error
+
+    monkeypatch.setattr("fluxcanvas.web.host.queue.warm_up", slow)
+    line.work = lambda seed: told.append("run")
+    line.put("a", 1)
+    line.queue.ask(Chore.WARM_UP)
+    line.worker.start()
+    line.wait("a")
+    assert told == ["imported", "run"]
 
 
 def test_stopping_ends_the_thread_and_keeps_what_waits(line):

@@ -15,7 +15,6 @@ from aiohttp import web
 
 from ...flux_runtime.errors import FluxError
 from ...nodes import host as node_host
-from ...nodes.load import warm_up
 from . import examples, frontend
 from .context import CONTEXT, Context
 from .embedded import EmbeddedHost
@@ -25,7 +24,7 @@ from .folders import Folders
 from .logs import LogBuffer
 from .options import HostOptions
 from .packs import OWN, load_packs
-from .queue import PromptQueue, Worker
+from .queue import Chore, PromptQueue, Worker
 from .routes import route_table
 from .security import add_headers, gate, is_loopback, sentences
 from .settings import Settings
@@ -153,7 +152,7 @@ async def _serve(app: web.Application, options: HostOptions, bound: socket.socke
         await web.SockSite(runner, bound).start()
         url = address(options, bound)
         print(f"fluxcanvas is open at {url}  (Ctrl+C ends it)", flush=True)
-        threading.Thread(target=warm_up, daemon=True).start()
+        app[CONTEXT].queue.ask(Chore.WARM_UP)
         if options.open_browser:
             _open_browser(url)
         await stop.wait()

@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import Any
 
 from ...flux_runtime.errors import FluxError
+from ...nodes.load import warm_up
 from .embedded import Interruption, empty_device_caches
 from .executor import ExecutionResult, Executor
 from .inputs import SENSITIVE
@@ -45,6 +46,7 @@ class Chore(Enum):
     """What the worker does besides running prompts."""
 
     FREE_MEMORY = auto()
+    WARM_UP = auto()  # not in a thread of its own: a prompt that imports the same packages meets them half imported
 
 
 class PromptQueue:
@@ -105,7 +107,7 @@ class PromptQueue:
             if self._closed:
                 return None
             if self._chores:
-                return self._chores.pop()
+                return self._chores.pop(0)
             if not self._pending:
                 return None
             item = heapq.heappop(self._pending)[2]
@@ -202,9 +204,14 @@ class PromptQueue:
         Models are results of nodes and kept with the others, so either wish lets go of all.
         """
         if unload_models or free_memory:
-            with self._changed:
-                self._chores = [Chore.FREE_MEMORY]
-                self._changed.notify_all()
+            self.ask(Chore.FREE_MEMORY)
+
+    def ask(self, chore: Chore) -> None:
+        """Have the worker do a chore before the next prompt."""
+        with self._changed:
+            if chore not in self._chores:
+                self._chores.append(chore)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Let whoever waits in `get` go home."""
@@ -243,8 +250,17 @@ class Worker:
             if isinstance(task, QueueItem):
                 self._run(task)
             else:
+                self._do(task)
+
+    def _do(self, chore: Chore) -> None:
+        try:
+            if chore is Chore.WARM_UP:
+                warm_up()
+            else:
                 self._executor.free()
                 empty_device_caches()
+        except Exception:  # a prompt that needs what failed here tells its user; the others run
+            log.exception("%s failed", chore.name)
 
     def _run(self, item: QueueItem) -> None:
         try:
