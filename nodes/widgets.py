@@ -8,11 +8,13 @@ compares NaN with a range.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 SEED_MAX = 2**64 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class Text(Widget):
     def fault(self, value: Any, kind: type) -> str:
         if not isinstance(value, str):
             return f"is {value!r}, which is not a text"
+        if half := _SURROGATE.search(value):  # no tokenizer takes it, and a cut emoji leaves it behind
+            return f"has half a character at place {half.start() + 1}, as a cut emoji leaves behind; delete it"
         return f"has {len(value):,} characters; shorten it to {self.longest:,}" if len(value) > self.longest else ""
 
     def malformed(self, kind: type) -> str:

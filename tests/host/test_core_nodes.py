@@ -170,6 +170,19 @@ def test_saved_pictures_carry_prompt_and_workflow(nodes, folders):
     assert again["ui"]["images"][0]["filename"] == "tom_00003_.png"
 
 
+def test_what_png_cannot_name_is_left_out_with_a_word(nodes, folders, caplog):
+    extra = {"\u6f22": 1, "\ud83e": 1, "": 1, "x" * 80: 1, "a\0b": 1, "workflow": 2}
+    nodes["SaveImage"]().save_images(torch.rand(1, 2, 2, 3), "a", {}, extra)
+    with Image.open(folders.output / "a_00001_.png") as picture:
+        assert picture.text == {"prompt": "{}", "workflow": "2"}
+    assert caplog.text.count("is left out of the picture") == 5
+
+
+def test_a_prefix_that_leaves_no_room_for_the_number_is_told(nodes):
+    with pytest.raises(FluxError, match="Choose a shorter name"):
+        nodes["SaveImage"]().save_images(torch.rand(1, 2, 2, 3), "x" * 250)
+
+
 def test_no_saved_picture_is_ever_overwritten(nodes, folders):
     for _ in range(2):
         nodes["SaveImage"]().save_images(torch.rand(2, 2, 2, 3), "n%batch_num%_%width%x%height%")

@@ -95,6 +95,7 @@ def test_of_a_busy_client_only_previews_are_dropped():
 
 def test_half_an_emoji_can_be_told():
     assert text_frame("cat \ud83d", "1", None).endswith(b"cat ?")
+    assert b"?" in text_frame("cat", "\ud83d", "\ud83d")  # ids are the client's own
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://a]b", "http://[::1"])

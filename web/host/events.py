@@ -63,9 +63,9 @@ def preview_frame(jpeg: bytes, metadata: Mapping[str, Any] | None) -> bytes:
 
 def text_frame(text: str, node_id: str, prompt_id: str | None) -> bytes:
     """Binary type 3; the prompt id goes first for clients that understand `supports_progress_text_metadata`."""
-    parts = [node_id.encode()] if prompt_id is None else [prompt_id.encode(), node_id.encode()]
-    named = b"".join(struct.pack(">I", len(part)) + part for part in parts)
-    return struct.pack(">I", TEXT) + named + text.encode("utf-8", "replace")  # half an emoji must not fail the node
+    # half an emoji must not fail the node
+    *ids, line = (part.encode("utf-8", "replace") for part in (prompt_id, node_id, text) if part is not None)
+    return struct.pack(">I", TEXT) + b"".join(struct.pack(">I", len(one)) + one for one in ids) + line
 
 
 class WebSocketEvents:

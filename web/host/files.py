@@ -65,7 +65,8 @@ def told(error: OSError, path: Path) -> FluxError:
             "Free some space and save again; the earlier file is untouched."
         )
     reason = error.strerror or str(error)
-    return FluxError(f"{path.name} could not be written to {path.parent}: {reason}. Check the folder's permissions.")
+    remedy = "Choose a shorter name" if error.errno == errno.ENAMETOOLONG else "Check the folder's permissions"
+    return FluxError(f"{path.name} could not be written to {path.parent}: {reason}. {remedy}.")
 
 
 class DiskFull(FluxError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from ...flux_runtime.errors import FluxError
 from ...flux_runtime.image import deep_levels
 from .files import contained, relative, told, write_atomic
 
+log = logging.getLogger("fluxcanvas")
 # What PIL may try on a file that came from outside: the ordinary formats, none of its exotic parsers.
 _ORDINARY = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_KEYWORD = re.compile(r"[\x20-\x7e\xa1-\xff]{1,79}")  # what PNG allows
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -106,7 +109,10 @@ def png_info(prompt: Any, extra: Mapping[str, Any] | None) -> PngInfo:
     if prompt is not None:
         info.add_text("prompt", json.dumps(prompt))
     for key, value in (extra or {}).items():
-        info.add_text(str(key), json.dumps(value))
+        if not _KEYWORD.fullmatch(key):
+            log.warning("%r is left out of the picture: PNG has no such name for a text", key[:80])
+        else:
+            info.add_text(key, json.dumps(value))
     return info
 
 

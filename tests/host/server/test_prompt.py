@@ -140,6 +140,7 @@ def test_what_cannot_run_is_refused_in_the_canvas_form(server, graph, body, kind
         {"client_id": ["a"]},
         {"prompt_id": {}},
         {"extra_data": [1]},
+        {"extra_data": {"extra_pnginfo": [1]}},
         {"number": "soon"},
         {"number": [1]},
         {"number": float("nan")},

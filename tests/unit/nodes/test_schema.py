@@ -114,6 +114,7 @@ def test_the_function_stays_a_function_and_its_class_runs_it():
         ({"kind": "product"}, "'kind' is 'product'; choose one of add, mean"),
         ({"file": ["a"]}, "'file' is ['a'], which is not one of the names"),
         ({"note": "x" * 10_000_000}, "'note' has 10,000,000 characters; shorten it to 5"),
+        ({"note": "a\ud83e"}, "'note' has half a character at place 2"),
         ({"note": None}, "'note' is None, which is not a text"),
         ({"clamp": 1}, "'clamp' is 1; it must be true or false"),
         ({"first": None}, "'first' came empty: the node before it has nothing to give; connect it to Empty Canvas"),

@@ -36,6 +36,8 @@ def _extra_data(body: Mapping[str, Any], client_id: str | None) -> dict[str, Any
     extra = body.get("extra_data")
     if extra is not None and not isinstance(extra, dict):
         raise BadRequest("'extra_data' must be an object.")
+    if not isinstance((extra or {}).get("extra_pnginfo") or {}, dict):
+        raise BadRequest("'extra_pnginfo' in 'extra_data' must be an object: name -> what pictures carry under it.")
     extra = {**(extra or {}), "create_time": time.time_ns() // 1_000_000}
     return {**extra, "client_id": client_id} if client_id else extra
 
