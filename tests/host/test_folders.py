@@ -163,6 +163,14 @@ def test_annotated_names(base):
     folders.close()
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_runs(base, tmp_path, monkeypatch):
+    folders, pictures = Folders(base, output=tmp_path / "pictures"), tmp_path / "pictures"
+    folders.create()
+    monkeypatch.setattr("fluxcanvas.web.host.folders.os.access", lambda path, mode: path != pictures)
+    with pytest.raises(FluxError, match=r"pictures cannot be written to.*--output"):
+        folders.create()
+
+
 def test_the_temporary_folder_goes_with_the_process(base):
     folders = Folders(base)
     temp = folders.temp

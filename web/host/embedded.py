@@ -153,9 +153,9 @@ class EmbeddedHost:
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend refuses in its own way
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise FluxError(
-                f"The device {device} cannot be used here: {str(error).splitlines()[0]} Choose another "
-                "with --device, such as --device cpu."
+                f"The device {device} cannot be used here: {reason}. Choose another, such as --device cpu."
             ) from error
 
     def free_memory(self, bytes_needed: int) -> None:

@@ -16,6 +16,7 @@ from .model_paths import CATEGORIES, category_name, read_extra_paths
 from .options import HostOptions
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+_ELSEWHERE = "Choose another place: --base-directory for everything, --output for the pictures."
 
 
 def base_directory(explicit: Path | None = None) -> Path:
@@ -75,7 +76,7 @@ class Folders:
             roots.insert(0 if is_default else len(roots), folder)
 
     def create(self) -> None:
-        """Make the folders that the host writes to; FluxError when the disk does not let it."""
+        """Make the folders that the host writes to; FluxError when the disk does not let it, before anything is run."""
         try:
             for folder in (
                 self.input,
@@ -86,10 +87,10 @@ class Folders:
             for names in CATEGORIES.values():
                 (self.base / "models" / names[0]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FluxError(
-                f"The folder {error.filename} cannot be made: {error.strerror}. "
-                "Choose another place with --base-directory."
-            ) from error
+            raise FluxError(f"The folder {error.filename} cannot be made: {error.strerror}. {_ELSEWHERE}") from error
+        for folder in (self.output, self.user):
+            if not os.access(folder, os.W_OK):
+                raise FluxError(f"The folder {folder} cannot be written to. {_ELSEWHERE}")
 
     @property
     def temp(self) -> Path:
