@@ -80,6 +80,35 @@ def parts(tmp_path, weights):
     return paths
 
 
+# Where the float16 scales of a GGUF block lie; random bytes there would often be infinite or no number.
+GGUF_SCALES = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+
+
+def _gguf_bytes(kind: str, shape: tuple[int, int] = (12, 1024), scale: float | None = None, seed: int = 0):
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    random = np.random.default_rng([sorted(GGUF_SCALES).index(kind), seed])
+    blocks = random.integers(0, 256, (shape[0] * shape[1] // numbers, size), dtype=np.uint8)
+    for at in GGUF_SCALES[kind]:
+        bits = random.integers(0, 0x7C00, len(blocks)) | (random.integers(0, 2, len(blocks)) << 15)
+        bits[:2] = 0x8000, 1
+        bits = bits.astype("<u2") if scale is None else np.full(len(blocks), scale, "<f2")
+        blocks[:, at : at + 2] = bits.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.fixture(scope="session")
+def gguf_bytes():
+    """`gguf_bytes(kind, shape, scale)`: a weight in blocks of a type. Any bytes, but its scales are finite: all the
+    one that is named, or of both signs and all sizes, zero and denormal too."""
+    return _gguf_bytes
+
+
 @pytest.fixture
 def raw_file(tmp_path):
     """`raw_file(header, data, name)`: a file with any header (a dict or bytes) and any data, true or not."""

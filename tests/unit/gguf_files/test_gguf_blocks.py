@@ -14,24 +14,6 @@ from fluxcanvas.flux_runtime.quant.gguf import FORMATS, Gguf
 KINDS = sorted(FORMATS)
 ROWS, COLUMNS = 12, 1024
 
-# Where the float16 scales of a block lie; random bytes there would often be infinite or no number.
-SCALES = {
-    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
-
-
-def random_bytes(kind, rows=ROWS, columns=COLUMNS):
-    """Blocks of a type: any bytes, but the scales are finite, of both signs and all sizes, zero and denormal too."""
-    form = FORMATS[kind]
-    random = np.random.default_rng(KINDS.index(kind))
-    blocks = random.integers(0, 256, (rows * columns // form.numbers, form.size), dtype=np.uint8)
-    for at in SCALES[kind]:
-        bits = random.integers(0, 0x7C00, len(blocks)) | (random.integers(0, 2, len(blocks)) << 15)
-        bits[:2] = 0x8000, 1
-        blocks[:, at : at + 2] = bits.astype("<u2").view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(rows, -1)
-
 
 def oracle(raw, kind):
     with np.errstate(over="ignore", invalid="ignore"):
@@ -51,60 +33,57 @@ class TestEveryType:
     def test_sizes_are_those_of_the_package(self, kind):
         assert (FORMATS[kind].numbers, FORMATS[kind].size) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
-    def test_random_blocks_bit_for_bit(self, kind):
-        raw = random_bytes(kind)
+    def test_random_blocks_bit_for_bit(self, kind, gguf_bytes):
+        raw = gguf_bytes(kind)
         weight = packed(raw, kind).dequantise(torch.float32)
         assert weight.shape == (ROWS, COLUMNS) and bits_equal(weight, oracle(raw, kind))
         assert weight.unique().numel() > 100
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-    def test_other_types_are_the_float32_result_rounded_once(self, kind, dtype):
-        raw = random_bytes(kind)
+    def test_other_types_are_the_float32_result_rounded_once(self, kind, dtype, gguf_bytes):
+        raw = gguf_bytes(kind)
         weight = packed(raw, kind).dequantise(dtype)
         assert weight.dtype == dtype and torch.equal(weight, oracle(raw, kind).to(dtype))
 
     @pytest.mark.parametrize("chunk", [256, 256 * 5, 1 << 30])
-    def test_portions_make_no_difference(self, kind, chunk, monkeypatch):
-        raw = random_bytes(kind)
+    def test_portions_make_no_difference(self, kind, chunk, monkeypatch, gguf_bytes):
+        raw = gguf_bytes(kind)
         monkeypatch.setattr(gguf, "CPU_CHUNK", chunk)
         assert bits_equal(packed(raw, kind).dequantise(torch.float32), oracle(raw, kind))
 
-    def test_one_block_and_no_block(self, kind):
+    def test_one_block_and_no_block(self, kind, gguf_bytes):
         form = FORMATS[kind]
-        raw = random_bytes(kind, 3, 256)[2:, : form.size]
+        raw = gguf_bytes(kind, (3, 256))[2:, : form.size]
         assert bits_equal(packed(raw, kind, form.numbers).dequantise(torch.float32), oracle(raw, kind))
         assert packed(raw[:0], kind).dequantise(torch.float32).shape == (0, COLUMNS)
 
-    def test_rows_of_a_file_are_rows_of_the_weight(self, kind):
+    def test_rows_of_a_file_are_rows_of_the_weight(self, kind, gguf_bytes):
         """q, k and v are cut from one tensor without unpacking it."""
-        raw = random_bytes(kind)
+        raw = gguf_bytes(kind)
         part = packed(raw, kind).weight[4:8]
         weight = Gguf.from_stored(part, {}, (4, COLUMNS), {"type": kind}).dequantise(torch.float32)
         assert bits_equal(weight, oracle(raw, kind)[4:8])
 
-    def test_linear(self, kind):
-        raw = np.array(random_bytes(kind))
-        for at in SCALES[kind]:
-            blocks = raw.reshape(-1, FORMATS[kind].size)
-            blocks[:, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
+    def test_linear(self, kind, gguf_bytes):
+        raw = gguf_bytes(kind, scale=0.01)
         x, bias = torch.randn(2, 3, COLUMNS), torch.randn(ROWS)
         expected = torch.nn.functional.linear(x, oracle(raw, kind), bias)
         assert torch.equal(packed(raw, kind).linear(x, bias), expected)
 
-    def test_what_is_stored_reads_back(self, kind):
-        weight = packed(random_bytes(kind), kind)
+    def test_what_is_stored_reads_back(self, kind, gguf_bytes):
+        weight = packed(gguf_bytes(kind), kind)
         again = Gguf.from_stored(weight.stored()["weight"], {}, weight.shape, {"type": weight.kind})
         assert bits_equal(again.dequantise(torch.float32), weight.dequantise(torch.float32))
         assert again.scheme == f"GGUF {kind}"
 
-    def test_a_cast_of_the_model_leaves_the_bytes(self, kind):
-        raw = random_bytes(kind)
+    def test_a_cast_of_the_model_leaves_the_bytes(self, kind, gguf_bytes):
+        raw = gguf_bytes(kind)
         weight = packed(raw, kind).to(torch.bfloat16)
         assert weight.weight.dtype == torch.uint8 and bits_equal(weight.dequantise(torch.float32), oracle(raw, kind))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    def test_cuda_bit_for_bit(self, kind, monkeypatch):
-        raw = random_bytes(kind)
+    def test_cuda_bit_for_bit(self, kind, monkeypatch, gguf_bytes):
+        raw = gguf_bytes(kind)
         monkeypatch.setattr(gguf, "GPU_CHUNK", 256 * 5)
         assert bits_equal(packed(raw, kind).to("cuda").dequantise(torch.float32).cpu(), oracle(raw, kind))
 
@@ -120,15 +99,15 @@ def test_weights_that_were_quantised(kind, worst):
     assert ((back - weight).norm() / weight.norm()) < worst
 
 
-def test_rows_that_are_not_whole_blocks():
+def test_rows_that_are_not_whole_blocks(gguf_bytes):
     """A converter may reshape a weight to make whole blocks of it: the numbers come in order all the same."""
-    raw = random_bytes("Q4_K", 6, 256)
+    raw = gguf_bytes("Q4_K", (6, 256))
     weight = Gguf.from_stored(torch.from_numpy(raw).reshape(1, -1), {}, (24, 64), {"type": "Q4_K"})
     assert bits_equal(weight.dequantise(torch.float32), oracle(raw, "Q4_K").reshape(24, 64))
 
 
-def test_a_compiler_sees_one_graph():
-    weight = packed(random_bytes("IQ4_NL"), "IQ4_NL")
+def test_a_compiler_sees_one_graph(gguf_bytes):
+    weight = packed(gguf_bytes("IQ4_NL"), "IQ4_NL")
     compiled = torch.compile(weight.dequantise, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.bfloat16), weight.dequantise(torch.bfloat16))
 
