@@ -1,8 +1,8 @@
 """LoRAs on a model for as long as a context lasts; afterwards every byte of it is what it was.
 
-Low-rank changes and LoKr act beside their layer, whatever its weight is stored as. Changes as large as the weight
-(LoHa, whole differences) and DoRA go into a copy of a plain weight for that time, and beside a packed one, which is
-never packed anew. A control LoRA widens the input and sets norms.
+Low-rank changes, LoKr and DoRA that measures rows act beside their layer, whatever its weight is stored as. What would
+double the work of a step there (LoHa, whole differences, DoRA that measures columns) goes into a copy of a plain weight
+for that time, and beside a packed one, which is never packed anew. A control LoRA widens the input and sets norms.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..errors import FluxError
 from ..model.transformer import FluxTransformer
 from ..quant.packed import PackedLinear, weight_of
 from ..variants import FluxParams
-from .patches import Kronecker, LowRank, Patch
-from .sides import PatchedLinear, Weighted, rows_of, sides_of
+from .magnitudes import settled
+from .patches import rows_of
+from .sides import PatchedLinear, Weighted, sides_of
 from .stack import LoraStack
 
 MODES = ("auto", "beside", "merged")
@@ -49,10 +50,13 @@ def applied(transformer: FluxTransformer, stack: LoraStack, mode: str = "auto") 
 
 @contextmanager
 def applied_to_encoder(encoder: nn.Module, part: str, stack: LoraStack) -> Iterator[None]:
-    """Apply a stack's part for a text encoder (`clip` or `t5`) for the time of the context."""
+    """Apply a stack's part for a text encoder (`clip` or `t5`) for the time of the context.
+
+    It runs once for each prompt, so that merging would cost more than it saves.
+    """
     with ExitStack() as undo:
         if stack:
-            _patch(encoder, stack.patches(part), "auto", undo)
+            _patch(encoder, stack.patches(part), "beside", undo)
         yield
 
 
@@ -100,16 +104,14 @@ def _patch(model: nn.Module, layers: dict[str, list[Weighted]], mode: str, undo:
             continue
         owner, child = place
         base = getattr(owner, child)
-        merged = [p for p in patches if _merges(p[0], base, mode)]
-        beside = [p for p in patches if not _merges(p[0], base, mode)]
-        if merged:
+        patches = [(settled(patch, base), weight) for patch, weight in patches]
+        if _merges(patches, base, mode):
             undo.callback(setattr, base, "weight", base.weight)
-            if base.bias is not None:
-                undo.callback(setattr, base, "bias", base.bias)
-            _merge(base, merged)
-        if beside:
+            undo.callback(setattr, base, "bias", base.bias)
+            _merge(base, patches)
+        else:
             undo.callback(setattr, owner, child, base)
-            setattr(owner, child, PatchedLinear(base, sides_of(beside, base, _numbers(model, base))))
+            setattr(owner, child, PatchedLinear(base, sides_of(patches, base, _numbers(model, base))))
 
 
 def _numbers(model: nn.Module, base: nn.Module) -> Tensor:
@@ -119,20 +121,21 @@ def _numbers(model: nn.Module, base: nn.Module) -> Tensor:
     return base.weight.new_empty(0)
 
 
-def _merges(patch: Patch, base: nn.Module, mode: str) -> bool:
-    small = isinstance(patch, (LowRank, Kronecker))
-    return not isinstance(base, PackedLinear) and (mode == "merged" or (mode == "auto" and not small))
+def _merges(patches: Sequence[Weighted], base: nn.Module, mode: str) -> bool:
+    """All patches of a layer go the same way: what is beside a weight must find it as it was."""
+    light = all(patch.light for patch, _ in patches)
+    return not isinstance(base, PackedLinear) and (mode == "merged" or (mode == "auto" and not light))
 
 
 def _merge(base: nn.Linear, patches: Sequence[Weighted]) -> None:
     """The layer's weight with the changes written in, summed in float32 and rounded once."""
     old = base.weight.detach().float()
-    weight, bias = old.clone(), base.bias.detach().float() if base.bias is not None else None
+    weight, bias = old.clone(), base.bias.detach().float().clone() if base.bias is not None else None
     for patch, strength in patches:
         delta = patch.delta(rows_of(old, patch.rows)[:, : patch.shape[1]])
         rows_of(weight, patch.rows)[:, : delta.shape[1]].add_(delta, alpha=strength)
         if patch.bias is not None:
-            bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.clone()
+            bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
             rows_of(bias, patch.rows).add_(patch.bias.to(bias), alpha=strength)
     base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
     if bias is not None:

@@ -6,7 +6,7 @@ other layouts keep q, k and v apart. `delta` is the change written out, which ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 Rows = tuple[int, int] | None  # [start, stop) of the layer's output; None: all of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """Base of the flavours. `bias` is (rows,)."""
 
@@ -30,17 +30,34 @@ class Patch:
         """The change (rows, in) at weight 1, on the device and in the type of `weight`, the layer's own (rows, in)."""
         raise NotImplementedError
 
+    @property
+    def light(self) -> bool:
+        """Whether it takes little memory and time beside its layer."""
+        return False
+
+    def rescaled(self, factor: Tensor) -> Patch:
+        """The same change with its rows multiplied by a factor (rows, 1), or its columns by one (1, in)."""
+        raise NotImplementedError
+
 
 def whole(factors: tuple[Tensor, ...], like: Tensor) -> Tensor:
     """A matrix given whole or as two factors, on the device and in the type of `like`."""
     return factors[0].to(like) if len(factors) == 1 else factors[0].to(like) @ factors[1].to(like)
 
 
+def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor if rows is None else tensor[rows[0] : rows[1]]
+
+
+def _by_rows(factor: Tensor) -> bool:
+    return factor.shape[1] == 1
+
+
 def _size(factors: tuple[Tensor, ...]) -> tuple[int, int]:
     return factors[0].shape[0], factors[-1].shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank(Patch):
     """LoRA (Hu et al., 2021): alpha / r * up @ down, with down (r, in) and up (rows, r); no alpha means alpha = r."""
 
@@ -59,8 +76,17 @@ class LowRank(Patch):
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * whole((self.up, self.down), weight)
 
+    @property
+    def light(self) -> bool:
+        return True
 
-@dataclass(frozen=True)
+    def rescaled(self, factor: Tensor) -> LowRank:
+        if _by_rows(factor):
+            return replace(self, up=self.up.to(factor) * factor)
+        return replace(self, down=self.down.to(factor) * factor)
+
+
+@dataclass(frozen=True, eq=False)
 class Kronecker(Patch):
     """LoKr (LyCORIS): scale * kron(w1, w2), each given whole or as two factors (left, right).
 
@@ -84,8 +110,15 @@ class Kronecker(Patch):
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * torch.kron(whole(self.w1, weight), whole(self.w2, weight))
 
+    @property
+    def light(self) -> bool:
+        return True
 
-@dataclass(frozen=True)
+    def rescaled(self, factor: Tensor) -> Full:
+        return Full(self.rows, self.bias, self.delta(factor) * factor)
+
+
+@dataclass(frozen=True, eq=False)
 class Hadamard(Patch):
     """LoHa (LyCORIS): alpha / r * (w1[0] @ w1[1]) * (w2[0] @ w2[1]), elementwise."""
 
@@ -104,8 +137,12 @@ class Hadamard(Patch):
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * whole(self.w1, weight) * whole(self.w2, weight)
 
+    def rescaled(self, factor: Tensor) -> Hadamard:
+        left, right = (part.to(factor) for part in self.w1)
+        return replace(self, w1=(left * factor, right) if _by_rows(factor) else (left, right * factor))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Full(Patch):
     """The whole difference, as merging tools extract it (`diff`, and `diff_b` for the bias); None: the bias alone."""
 
@@ -118,8 +155,38 @@ class Full(Patch):
     def delta(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight) if self.diff is None else self.diff.to(weight)
 
+    @property
+    def light(self) -> bool:
+        return self.diff is None
 
-@dataclass(frozen=True)
+    def rescaled(self, factor: Tensor) -> Full:
+        return self if self.diff is None else replace(self, diff=self.diff.to(factor) * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled(Patch):
+    """The weight's own rows or columns grown by a gain (rows, 1) or (1, in), and a change: weight * gain + change."""
+
+    gain: Tensor = None
+    change: Patch = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.change.shape
+
+    @property
+    def by_rows(self) -> bool:
+        return _by_rows(self.gain)
+
+    @property
+    def light(self) -> bool:
+        return self.by_rows and self.change.light
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return weight * self.gain.to(weight) + self.change.delta(weight)
+
+
+@dataclass(frozen=True, eq=False)
 class Magnitude(Patch):
     """DoRA (Liu et al., 2024): weight + change, each row (or each column) rescaled to a learnt length.
 
@@ -134,10 +201,14 @@ class Magnitude(Patch):
         return self.change.shape
 
     def factor(self, weight: Tensor) -> Tensor:
-        """What the changed weight is multiplied by, shaped as `lengths`."""
+        """What the changed weight is multiplied by, shaped as `lengths`; it takes the norms of a whole weight."""
         changed = weight + self.change.delta(weight)
-        axis = 1 if self.lengths.shape[1] == 1 else 0
-        return self.lengths.to(weight) / changed.norm(dim=axis, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        norm = changed.norm(dim=1 if _by_rows(self.lengths) else 0, keepdim=True)
+        return self.lengths.to(weight) / norm.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def settled(self, factor: Tensor) -> Rescaled:
+        """What it comes to beside the weight that the factor was made for."""
+        return Rescaled(self.rows, self.bias, factor - 1, self.change.rescaled(factor))
 
     def delta(self, weight: Tensor) -> Tensor:
-        return (weight + self.change.delta(weight)) * self.factor(weight) - weight
+        return self.settled(self.factor(weight)).delta(weight)

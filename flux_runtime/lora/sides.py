@@ -1,7 +1,8 @@
 """How patches act beside a linear layer, which stays as it is: y = W x + b, plus what each of them adds.
 
 So a layer of any kind of weight takes them, nothing is rounded away into it, and removing them is exact. All low-rank
-patches of a layer act as one: changing a weight changes one small vector, not a shape.
+patches of a layer act as one: changing a weight changes one small vector, not a shape. A patch may be narrower than
+its layer, whose further inputs it does not see.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quant.packed import product, weight_of
-from .patches import Full, Hadamard, Kronecker, LowRank, Magnitude, Patch, Rows, whole
+from ..quant.packed import weight_of
+from .patches import Full, Hadamard, Kronecker, LowRank, Patch, Rescaled, Rows, rows_of, whole
 
 Weighted = tuple[Patch, float]
 
@@ -39,15 +40,47 @@ class PatchedLinear(nn.Module):
         return y
 
 
+def outputs(y: Tensor, rows: Rows) -> Tensor:
+    """What a layer's rows have made: y (..., out) or a part of it."""
+    return y if rows is None else y[..., rows[0] : rows[1]]
+
+
 class Side(nn.Module):
     """Adds to y (..., out), in its rows, what patches make of x (..., in)."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows = None) -> None:
         super().__init__()
         self.rows = rows
 
     def part(self, y: Tensor) -> Tensor:
-        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+        return outputs(y, self.rows)
+
+
+class RowGainSide(Side):
+    """Rows of the layer grown by a gain each; the first of the sides, for it reads what the layer alone has made."""
+
+    def __init__(self, gain: Tensor, bias: Tensor | None, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("gain", gain.to(like))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        y.addcmul_(y if self.bias is None else y - self.bias, self.gain)
+
+
+class ColumnGainSide(Side):
+    """Columns of the layer's parts grown by a gain each: the weight acts once more, on the input times the gain."""
+
+    def __init__(self, gains: dict[Rows, Tensor], base: nn.Module, like: Tensor) -> None:
+        super().__init__()
+        self.base = (base,)  # in a tuple: the layer is not this module's own
+        self.parts = tuple(gains)
+        self.register_buffer("gains", torch.stack(list(gains.values())).to(like))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        weight = weight_of(self.base[0], x.dtype)
+        for rows, gain in zip(self.parts, self.gains, strict=True):
+            outputs(y, rows).add_(F.linear(x * gain, rows_of(weight, rows)))
 
 
 class LowRankSide(Side):
@@ -58,10 +91,10 @@ class LowRankSide(Side):
         gains = [torch.full((len(p.down),), p.scale * weight) for p, weight in patches]
         self.register_buffer("down", torch.cat([p.down.to(like) for p, _ in patches]))
         self.register_buffer("up", torch.cat([p.up.to(like) for p, _ in patches], dim=1))
-        self.register_buffer("gain", torch.cat(gains).to(like))
+        self.register_buffer("gain", torch.cat(gains).to(like.device))  # float32: rounded, it is another weight
 
     def forward(self, x: Tensor, y: Tensor) -> None:
-        hidden = F.linear(x[..., : self.down.shape[1]], self.down) * self.gain
+        hidden = (F.linear(x[..., : self.down.shape[1]], self.down) * self.gain).to(y.dtype)
         part = self.part(y.view(-1, y.shape[-1]))
         part.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.T)
 
@@ -76,83 +109,79 @@ class KroneckerSide(Side):
         self.register_buffer("two", whole(patch.w2, exact).to(like))
 
     def forward(self, x: Tensor, y: Tensor) -> None:
-        wide = x.unflatten(-1, (self.one.shape[1], self.two.shape[1]))
+        sizes = self.one.shape[1], self.two.shape[1]
+        wide = x[..., : sizes[0] * sizes[1]].unflatten(-1, sizes)
         self.part(y).add_((self.one @ F.linear(wide, self.two)).flatten(-2))
 
 
-class DeltaSide(Side):
-    """LoHa and whole differences, written out: where the weight cannot take them up, they stand beside it."""
+class HadamardSide(Side):
+    """LoHa, multiplied out at every call: its factors are small and the change is as large as the weight."""
 
-    def __init__(self, patch: Hadamard | Full, weight: float, like: Tensor) -> None:
+    def __init__(self, patch: Hadamard, weight: float, like: Tensor) -> None:
         super().__init__(patch.rows)
-        self.register_buffer("delta", (patch.delta(like.float()) * weight).to(like))
+        left = patch.w1[0].to(like.float()) * (patch.scale * weight)
+        for name, factor in zip("abcd", (left, patch.w1[1], *patch.w2), strict=True):
+            self.register_buffer(name, factor.to(like))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        change = (self.a @ self.b).mul_(self.c @ self.d)
+        self.part(y).add_(F.linear(x[..., : change.shape[1]], change))
+
+
+class DeltaSide(Side):
+    """A whole difference, where the weight cannot take it up."""
+
+    def __init__(self, patch: Full, weight: float, like: Tensor) -> None:
+        super().__init__(patch.rows)
+        self.register_buffer("delta", (patch.diff.to(like.float()) * weight).to(like))
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         self.part(y).add_(F.linear(x[..., : self.delta.shape[1]], self.delta))
 
 
-class MagnitudeSide(Side):
-    """DoRA: the layer's own product and the change's, both rescaled, less what the layer has said already."""
-
-    def __init__(self, patch: Magnitude, weight: float, base: nn.Module, like: Tensor) -> None:
-        super().__init__(patch.rows)
-        self.base = (base,)  # in a tuple: the layer is not this module's own
-        self.change = side_of(replace(patch.change, rows=None), 1.0, like)
-        factor = patch.factor(rows_of(weight_of(base, torch.float32), patch.rows).to(like.device))
-        self.of_rows = factor.shape[1] == 1
-        self.register_buffer("factor", factor.flatten().to(like))
-        self.register_buffer("strength", torch.tensor(weight).to(like))  # a number would be compiled in
-
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        if self.of_rows:
-            own = self.part(product(self.base[0], x)) * (self.factor - 1)
-            change = self._changed(x, own) * self.factor
-        else:
-            own = self.part(product(self.base[0], x * (self.factor - 1)))
-            change = self._changed(x * self.factor, own)
-        self.part(y).add_((own + change) * self.strength)
-
-    def _changed(self, x: Tensor, like: Tensor) -> Tensor:
-        y = torch.zeros_like(like)
-        self.change(x, y)
-        return y
-
-
 class BiasSide(Side):
     """What patches add whatever x is."""
 
-    def __init__(self, bias: Tensor, rows: Rows, like: Tensor) -> None:
+    def __init__(self, bias: Tensor, weight: float, rows: Rows, like: Tensor) -> None:
         super().__init__(rows)
-        self.register_buffer("bias", bias.to(like))
+        self.register_buffer("bias", (bias.to(like.float()) * weight).to(like))
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         self.part(y).add_(self.bias)
 
 
-def rows_of(weight: Tensor, rows: Rows) -> Tensor:
-    return weight if rows is None else weight[rows[0] : rows[1]]
-
-
-def side_of(patch: Patch, weight: float, like: Tensor) -> Side:
-    """The side of a patch that needs nothing of its layer; `like` has the device and the type to compute in."""
-    if isinstance(patch, LowRank):
-        return LowRankSide([(patch, weight)], patch.rows, like)
-    if isinstance(patch, Kronecker):
-        return KroneckerSide(patch, weight, like)
-    return DeltaSide(patch, weight, like)
+_SIDES = {Kronecker: KroneckerSide, Hadamard: HadamardSide, Full: DeltaSide}
 
 
 def sides_of(patches: Sequence[Weighted], base: nn.Module, like: Tensor) -> list[Side]:
-    """All sides of one layer."""
+    """All sides of one layer; `like` has the device and the type to compute in."""
+    biases = [BiasSide(p.bias, weight, p.rows, like) for p, weight in patches if p.bias is not None]
+    grown = [(p, weight) for p, weight in patches if isinstance(p, Rescaled)]
+    changes = [(replace(p.change, rows=p.rows) if isinstance(p, Rescaled) else p, weight) for p, weight in patches]
     low: dict[tuple[Rows, int], list[Weighted]] = {}
-    sides: list[Side] = []
-    for patch, weight in patches:
+    others = []
+    for patch, weight in changes:
         if isinstance(patch, LowRank):
             low.setdefault((patch.rows, patch.shape[1]), []).append((patch, weight))
-        elif isinstance(patch, Magnitude):
-            sides.append(MagnitudeSide(patch, weight, base, like))
         elif not isinstance(patch, Full) or patch.diff is not None:
-            sides.append(side_of(patch, weight, like))
-        if patch.bias is not None:
-            sides.append(BiasSide(patch.bias * weight, patch.rows, like))
-    return [*(LowRankSide(group, rows, like) for (rows, _), group in low.items()), *sides]
+            others.append(_SIDES[type(patch)](patch, weight, like))
+    joined = [LowRankSide(group, rows, like) for (rows, _), group in low.items()]
+    return [*_gains(grown, base, like), *others, *biases, *joined]
+
+
+def _gains(grown: Sequence[tuple[Rescaled, float]], base: nn.Module, like: Tensor) -> list[Side]:
+    """Gains of rows are one vector for the whole layer; those of columns one for each part of it."""
+    of_rows = torch.zeros(base.out_features, device=like.device)
+    of_columns: dict[Rows, Tensor] = {}
+    for patch, weight in grown:
+        if patch.by_rows:
+            rows_of(of_rows, patch.rows).add_(patch.gain.flatten().to(of_rows), alpha=weight)
+        else:
+            whole_width = of_columns.setdefault(patch.rows, torch.zeros(base.in_features, device=like.device))
+            whole_width[: patch.shape[1]].add_(patch.gain.flatten().to(of_rows), alpha=weight)
+    sides: list[Side] = []
+    if any(patch.by_rows for patch, _ in grown):
+        sides.append(RowGainSide(of_rows, base.bias, like))
+    if of_columns:
+        sides.append(ColumnGainSide(of_columns, base, like))
+    return sides

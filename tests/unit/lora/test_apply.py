@@ -52,6 +52,14 @@ def flavours(seed: int = 1) -> dict:
             LowRank(down=r(2, 320), up=r(64, 2)),
         ),
         "double_blocks.0.img_mlp.2": (Magnitude(change=LowRank(down=r(2, 256), up=r(64, 2)), lengths=r(1, 256).abs()),),
+        "double_blocks.1.img_attn.qkv": (
+            Magnitude((0, 64), change=LowRank(down=r(2, 64), up=r(64, 2)), lengths=r(1, 64).abs()),
+            Magnitude((128, 192), change=Kronecker(w1=(r(8, 8),), w2=(r(8, 8),)), lengths=r(64, 1).abs()),
+        ),
+        "double_blocks.0.txt_mlp.0": (
+            Magnitude(change=Hadamard(w1=(r(256, 3), r(3, 64)), w2=(r(256, 3), r(3, 64))), lengths=r(256, 1).abs()),
+            Full(diff=r(256, 64)),
+        ),
         "double_blocks.0.img_mod.lin": (LowRank(down=r(2, 64), up=r(384, 2)),),
         "final_layer.adaLN_modulation.1": (LowRank(down=r(2, 64), up=r(128, 2)),),
     }
@@ -113,7 +121,7 @@ def written_out(model: FluxTransformer, stack: LoraStack) -> FluxTransformer:
             start, stop = patch.rows or (0, len(weight))
             linear.weight.data[start:stop].add_(patch.delta(weight[start:stop]), alpha=strength)
             if patch.bias is not None:
-                linear.bias.data[start:stop] += strength * patch.bias
+                linear.bias.data[start:stop] += strength * patch.bias.float()
         dense[name] = linear.to(model.dtype)
     return sharing_copy(model, dense)
 
@@ -152,6 +160,58 @@ def test_an_exception_inside_leaves_no_trace_either(model_of, kind):
     with pytest.raises(KeyboardInterrupt), applied(model, LoraStack().plus(lora())):
         raise KeyboardInterrupt
     assert bytes_of(model) == before and list(before) == list(model.state_dict())
+
+
+def test_small_gains_and_weights_are_not_rounded_away_in_bfloat16(model_of):
+    """1.003 is 1 there, but three thousandths are not 0."""
+    model, name = model_of("bfloat16"), "double_blocks.0.img_mlp.0"
+    weight = model.get_submodule(name).weight.float()
+    nothing = LowRank(down=torch.zeros(1, 64), up=torch.zeros(256, 1))
+    longer = Magnitude(change=nothing, lengths=1.003 * weight.norm(dim=1, keepdim=True))
+    wider = Magnitude(change=nothing, lengths=1.003 * weight.norm(dim=0, keepdim=True))
+    x = numbers(8)(500, 64).bfloat16()
+    base = model.get_submodule(name)(x).float()
+    for patch in (longer, wider):
+        with applied(model, LoraStack().plus(lora({name: (patch,)})), "beside"):
+            grown = model.get_submodule(name)(x).float()
+        assert 1.001 < (grown * base).sum() / base.square().sum() < 1.005
+    results = []
+    for strength in (1.0, 1.003):
+        with applied(model, LoraStack().plus(lora(), strength), "beside"):
+            results.append(model.get_submodule("double_blocks.0.img_mod.lin")(x))
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bnb-nf4"])
+def test_norms_are_taken_once_and_again_only_for_another_weight(model_of, kind, monkeypatch):
+    taken, factor = [], Magnitude.factor
+    monkeypatch.setattr(Magnitude, "factor", lambda *given: taken.append(1) or factor(*given))
+    model, stack = model_of(kind), LoraStack().plus(lora())
+    magnitudes = sum(isinstance(patch, Magnitude) for patch in stack.entries[0].lora.patches)
+    for mode in ("auto", "beside", "merged"):
+        with applied(model, stack, mode):
+            first = velocity(model)
+    assert len(taken) == magnitudes
+    layer = model.get_submodule("double_blocks.0.img_mlp.2")
+    tensor = layer.packs[0].absmax if kind == "bnb-nf4" else layer.weight
+    tensor.mul_(2)
+    with applied(model, stack, mode):
+        assert relative(velocity(model), first) > 1e-3
+    assert len(taken) == magnitudes + 1
+    with applied(model_of(kind), stack):
+        pass
+    assert len(taken) == 2 * magnitudes + 1
+
+
+def test_numbers_stored_as_float8(model_of):
+    r = numbers(3)
+    patch = LowRank(down=r(2, 64), up=r(64, 2), bias=r(64))
+    small = LowRank(**{k: getattr(patch, k).to(torch.float8_e4m3fn) for k in ("down", "up", "bias")})
+    model, stack = model_of("float32"), LoraStack().plus(lora({"double_blocks.0.img_attn.proj": (small,)}), 0.7)
+    expected = velocity(written_out(model, stack))
+    for mode in ("beside", "merged"):
+        with applied(model, stack, mode):
+            assert relative(velocity(model), expected) < 1e-6
 
 
 def test_merging_a_bfloat16_weight_rounds_once(model_of):
@@ -247,6 +307,22 @@ class TestControl:
         with applied(model, LoraStack().plus(control).plus(turbo)):
             assert torch.allclose(model.img_in(x), alone)
 
+    @pytest.mark.parametrize("mode", ["auto", "beside", "merged"])
+    def test_narrow_changes_of_every_flavour_go_with_it(self, model_of, control, mode):
+        model, r = model_of("float32"), numbers(6)
+        low = LowRank(down=r(2, 64), up=r(64, 2))
+        narrow = lora({"img_in": (
+            Kronecker(w1=(r(8, 8),), w2=(r(8, 8),)), Hadamard(w1=(r(64, 2), r(2, 64)), w2=(r(64, 2), r(2, 64))),
+            Magnitude(change=low, lengths=r(64, 1).abs()), Magnitude(change=low, lengths=r(1, 64).abs()),
+        )})  # fmt: skip
+        weight = model.img_in.weight
+        total = sum(patch.delta(weight) for patch in narrow.patches)
+        x = r(1, 6, 128)
+        with applied(model, LoraStack().plus(control), mode):
+            expected = model.img_in(x) + x[..., :64] @ total.T
+        with applied(model, LoraStack().plus(control).plus(narrow), mode):
+            assert relative(model.img_in(x), expected) < 1e-6
+
     def test_a_fill_model_cannot_be_widened(self, control):
         fill = FluxTransformer(FluxParams(**{**vars(TINY), "in_channels": 96}))
         with (
@@ -260,8 +336,8 @@ class TestFit:
     def test_what_matches_and_what_does_not_is_told(self, model_of):
         more = flavours() | {"double_blocks.9.img_mlp.0": (LowRank(down=torch.ones(1, 64), up=torch.ones(256, 1)),)}
         report = fit(lora(more, unused=("odd.key",)), {"transformer": model_of("float32")})
-        assert report.matched == {"transformer": 8} and report.absent == ("double_blocks.9.img_mlp.0",)
-        assert "8 transformer layers" in report.text() and "1: odd.key" in report.text()
+        assert report.matched == {"transformer": 10} and report.absent == ("double_blocks.9.img_mlp.0",)
+        assert "10 transformer layers" in report.text() and "1: odd.key" in report.text()
 
     def test_another_models_sizes_are_refused(self, model_of):
         wide = {"double_blocks.0.img_mlp.0": (LowRank(down=torch.ones(1, 128), up=torch.ones(256, 1)),)}
@@ -299,14 +375,15 @@ def test_text_encoders_too():
         "t5": (t5, "encoder.block.0.layer.1.DenseReluDense.wo", (32, 40)),
     }
     for part, (encoder, name, (out, into)) in cases.items():
-        change = lora({name: (LowRank(down=r(2, into), up=r(out, 2)),)}, part)
+        change = lora({name: (LowRank(down=r(2, into), up=r(out, 2)), Full(diff=r(out, into), bias=r(out)))}, part)
         with torch.no_grad():
             base = encoder(ids).last_hidden_state
             with applied_to_encoder(encoder, part, LoraStack().plus(change)):
                 got = encoder(ids).last_hidden_state
             dense = copy.deepcopy(encoder)
             layer = next(m for n, m in dense.named_modules() if n.endswith(name))
-            layer.weight += change.layers[part][name][0].delta(layer.weight)
+            layer.weight += sum(patch.delta(layer.weight) for patch in change.patches)
+            layer.bias = torch.nn.Parameter((0 if layer.bias is None else layer.bias) + change.patches[1].bias)
             assert relative(got, dense(ids).last_hidden_state) < 1e-6 < 1e-3 < relative(base, got)
             assert torch.equal(encoder(ids).last_hidden_state, base)
 
