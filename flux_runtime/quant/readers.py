@@ -24,11 +24,12 @@ READERS = {
 
 
 def unpack(stored: Stored, device: torch.device | str = "cpu") -> Packed:
-    """A packed tensor of a file as a weight that a linear layer can hold; errors name the tensor."""
+    """A packed tensor of a file as a weight that a linear layer can hold; errors name the file and the tensor."""
     module, name = READERS[stored.packing.scheme]
     reader: type[Packed] = getattr(importlib.import_module(f".{module}", __package__), name)
+    weight = stored.read()
     sides = {side: tensor.read() for side, tensor in stored.packing.sides.items()}
     try:
-        return reader.from_stored(stored.read(), sides, stored.shape, stored.packing.facts).to(device)
+        return reader.from_stored(weight, sides, stored.shape, stored.packing.facts).to(device)
     except FluxError as error:
-        raise FluxError(f"{stored.name}: {error}") from error
+        raise FluxError(f"{stored.file.path}: {stored.name}: {error}") from error

@@ -45,9 +45,11 @@ class Summary:
     largest: str = ""  # the layer that has it
 
     def __str__(self) -> str:
+        from ..weights.report import human
+
         parts = [f"{self.layers} linear layers as {self.scheme}"] if self.layers or not self.already else []
         if self.layers:
-            parts += [f"{self.bytes_before / 1e6:,.1f} -> {self.bytes_after / 1e6:,.1f} MB"]
+            parts += [f"{human(self.bytes_before, 'B', 1000)} -> {human(self.bytes_after, 'B', 1000)}"]
             parts += [f"weight error {self.mean_error:.4f}, at most {self.largest_error:.4f} ({self.largest})"]
         if self.already:
             parts.append(f"{self.already} were {self.scheme} before")

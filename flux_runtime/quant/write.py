@@ -29,6 +29,8 @@ def write_tensors(
     progress: Callable[[float], None] | None = None,
 ) -> int:
     """Write tensors and metadata to a file that appears when it is complete; its size in bytes."""
+    from ..weights.report import human
+
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     head = _header(order, tensors, metadata)
     size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
@@ -37,7 +39,8 @@ def write_tensors(
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise FluxError(
-                f"{path.parent} has {free / 1e9:.1f} GB left and {path.name} takes {size / 1e9:.1f} GB; make room"
+                f"{path.parent} has {human(free, 'B', 1000)} left and {path.name} takes {human(size, 'B', 1000)}; "
+                "make room"
             )
         part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part")
         with part.open("xb") as file:

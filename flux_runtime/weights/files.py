@@ -75,6 +75,8 @@ class TensorFile:
 class Source(Protocol):
     """An open file of whatever format: it gives the bytes of a tensor and says how many they are."""
 
+    path: Path
+
     def read(self, name: str) -> Tensor: ...
 
     def nbytes_of(self, name: str) -> int: ...

@@ -1,5 +1,7 @@
 """What cannot be loaded says which file, what is amiss and what to do; nothing is misread or built from lies."""
 
+from math import nan
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -105,6 +107,16 @@ class TestRefusals:
         rename(parts["transformer"], lambda t: {f"diffusion_model.{n}": v for n, v in (t | extra).items()})
         with pytest.raises(FluxError, match=words):
             load_parts(**parts, device="cpu")
+
+    def test_a_weight_that_cannot_be_unpacked_is_named_with_its_file(self, parts, rename):
+        """What only the reader of a packing sees, after names and sizes agree."""
+        packed = {"img_in.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), "img_in.scale_weight": torch.tensor(nan)}
+        rename(parts["transformer"], lambda tensors: tensors | packed)
+        with pytest.raises(FluxError) as error:
+            load_parts(transformer=parts["transformer"], clip=None, t5=None, vae=None, device="cpu")
+        assert str(error.value) == (
+            f"{parts['transformer']}: img_in.weight: scale_weight holds NaN or infinity; download the file again"
+        )
 
     def test_the_wrong_file_for_a_part(self, parts):
         with pytest.raises(FluxError, match=r"holds no VAE: it holds a CLIP text encoder"):

@@ -79,8 +79,7 @@ def saved(kind, scheme, folder, source):
 
 def unpacked(model):
     """A model's numbers as its library unpacks them."""
-    import bitsandbytes as bnb
-
+    bnb = pytest.importorskip("bitsandbytes")
     found = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, bnb.nn.Params4bit):
