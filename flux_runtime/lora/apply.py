@@ -79,22 +79,31 @@ def _widen(transformer: FluxTransformer, params: FluxParams, undo: ExitStack) ->
         return
     old, before = transformer.img_in, transformer.params
     weight = weight_of(old, transformer.dtype)
-    wide = nn.Linear(params.in_channels, weight.shape[0], bias=False, device="meta")
     extra = weight.new_zeros(weight.shape[0], params.in_channels - weight.shape[1])
-    wide.weight = nn.Parameter(torch.cat([weight, extra], dim=1), requires_grad=False)
-    wide.bias = old.bias
     undo.callback(setattr, transformer, "params", before)
     undo.callback(setattr, transformer, "img_in", old)
-    transformer.img_in, transformer.params = wide, params
+    transformer.img_in, transformer.params = _plain(torch.cat([weight, extra], dim=1), old.bias), params
+
+
+def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+    return linear
 
 
 def _set_value(transformer: FluxTransformer, name: str, value: Tensor, undo: ExitStack) -> None:
-    """Put a whole tensor (a norm's scale) in the place of the model's own."""
-    owner, _, attribute = name.rpartition(".")
-    module = transformer.get_submodule(owner)
-    old = getattr(module, attribute)
+    """Put a whole tensor (a norm's scale, seldom a weight) in the place of the model's own."""
+    path, _, attribute = name.rpartition(".")
+    module = transformer.get_submodule(path)
+    if isinstance(module, PackedLinear):
+        owner, _, attribute = path.rpartition(".")
+        new = _plain(value.to(_numbers(transformer, module)), module.bias)
+        old, module = module, transformer.get_submodule(owner)
+    else:
+        old = getattr(module, attribute)
+        new = nn.Parameter(value.to(old), requires_grad=False)
     undo.callback(setattr, module, attribute, old)
-    setattr(module, attribute, nn.Parameter(value.to(old), requires_grad=False))
+    setattr(module, attribute, new)
 
 
 def _patch(model: nn.Module, layers: dict[str, list[Weighted]], mode: str, undo: ExitStack) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import FluxError
+from ..quant.packed import PackedLinear
 from .apply import linear_at
 from .patches import Full, Patch
 
@@ -53,14 +54,20 @@ def fit(lora: Lora, models: Mapping[str, nn.Module]) -> LoraFit:
             absent += lacking
     changed = sum(matched.values()) + _values_fit(lora, models.get("transformer"))
     without = tuple(part for part in lora.layers if part not in models and lora.layers[part])
-    if not changed and not without:
-        from ..weights.report import listed
-
-        raise FluxError(
-            f"the LoRA {lora.name} changes nothing of this model, which has none of its layers: {listed(absent)}; "
-            "it is made for another model"
-        )
+    if not changed:
+        raise FluxError(f"the LoRA {lora.name} changes nothing of this model{_reason(absent, without)}")
     return LoraFit(lora, matched, tuple(absent), without)
+
+
+def _reason(absent: Sequence[str], without: Sequence[str]) -> str:
+    """Why a LoRA acts on nothing, and what to do."""
+    from ..weights.report import listed
+
+    lacking = f", which has none of its layers: {listed(absent)}" if absent else ""
+    if without:
+        parts = " and ".join(LABELS[part] for part in without)
+        return f"{lacking}; its {parts} part needs the text encoders, so connect them too"
+    return f"{lacking}; it is made for another model"
 
 
 def _fits(model: nn.Module, name: str, patches: tuple[Patch, ...], lora: Lora) -> bool:
@@ -89,9 +96,11 @@ def _check_size(patch: Patch, name: str, out: int, into: int, lora: Lora) -> Non
 def _values_fit(lora: Lora, transformer: nn.Module | None) -> int:
     if transformer is None:
         return 0
-    own = dict(transformer.named_parameters())
+    own = {name: tensor.shape for name, tensor in transformer.named_parameters()}
+    packed = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
+    own |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in packed.items()}
     for name, value in lora.values.items():
-        if name not in own or own[name].shape != value.shape:
+        if own.get(name) != value.shape:
             raise FluxError(
                 f"the LoRA {lora.name} sets {name}, which this model has not in that size; it is made for another"
             )

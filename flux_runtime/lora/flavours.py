@@ -178,7 +178,7 @@ def _placed(found: Found, patch: Patch) -> Patch | None:
     if above is None:
         return patch
     rows, width = patch.shape
-    if found.target.layout != "XLabs" and above < 3:  # q, k, v: as many rows as the model is wide
+    if above < 3 and not found.target.joined:  # q, k, v: as many rows as the model is wide
         if width not in (0, rows):
             some = next(iter(found.names.values()))
             raise FluxError(f"{some} belongs to a layer of shape {[rows, width]}, which should be square in FLUX.1")

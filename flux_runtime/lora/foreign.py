@@ -20,7 +20,10 @@ _MARKS = (
     (r"(?:^|[._])(?:double|single)_stream_blocks[._]\d", "HiDream"),
     (r"distilled_guidance_layer", "Chroma"),
     (r"(?:^|\.|lora_unet_)(?:layers|context_refiner|noise_refiner)[._]\d+[._](?:attention|feed_forward)[._]", "Lumina"),
-    (r"(?:^|\.|_)transformer_blocks[._]\d+[._]attn[12][._]", "PixArt, LTX-Video or another video model"),
+    (
+        r"(?:^|\.|_)transformer_blocks[._]\d+[._]attn[12][._]",
+        "PixArt, LTX-Video, Stable Diffusion 3.5 or another model",
+    ),
 )
 _CROSS_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _SD3_WIDTH = {1536: "Stable Diffusion 3 Medium", 2432: "Stable Diffusion 3.5 Large"}

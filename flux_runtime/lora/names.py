@@ -23,6 +23,7 @@ class Target:
     layout: str  # whose name the file uses: BFL, diffusers, XLabs, transformers
     above: int | None = None  # of a joined layer: how many times the model's width stands above these rows; None: all
     swap: bool = False  # halves of the rows stand the other way round
+    joined: bool = False  # q, k and v together, of a layer that holds more
     value: bool = False
 
 
@@ -72,8 +73,17 @@ _XLABS = {
     "double_blocks.{}.processor.qkv_lora2": Target("transformer", "double_blocks.{}.txt_attn.qkv", "XLabs"),
     "double_blocks.{}.processor.proj_lora1": Target("transformer", "double_blocks.{}.img_attn.proj", "XLabs"),
     "double_blocks.{}.processor.proj_lora2": Target("transformer", "double_blocks.{}.txt_attn.proj", "XLabs"),
-    "single_blocks.{}.processor.qkv_lora": Target("transformer", "single_blocks.{}.linear1", "XLabs", above=0),
+    "single_blocks.{}.processor.qkv_lora": Target(
+        "transformer", "single_blocks.{}.linear1", "XLabs", above=0, joined=True
+    ),
     "single_blocks.{}.processor.proj_lora": Target("transformer", "single_blocks.{}.linear2", "XLabs"),
+}
+_FUSED = {  # diffusers' names once `fuse_qkv_projections` has been called
+    "transformer_blocks.{}.attn.to_qkv": Target("transformer", "double_blocks.{}.img_attn.qkv", "diffusers"),
+    "transformer_blocks.{}.attn.to_added_qkv": Target("transformer", "double_blocks.{}.txt_attn.qkv", "diffusers"),
+    "single_transformer_blocks.{}.attn.to_qkv": Target(
+        "transformer", "single_blocks.{}.linear1", "diffusers", above=0, joined=True
+    ),
 }
 _CLIP = (
     *(f"encoder.layers.{{}}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
@@ -95,6 +105,8 @@ def _transformer_targets() -> Iterator[tuple[str, Target]]:
         yield native, Target("transformer", native, "BFL")
         for above, foreign in enumerate(parts):
             yield foreign, Target("transformer", native, "diffusers", above)
+            yield f"{native.removesuffix('.*')}.{above}", Target("transformer", native, "BFL", above)  # OneTrainer
+    yield "img_in.proj", Target("transformer", "img_in", "BFL")  # OneTrainer
     for native, foreign in TRANSFORMER_SWAPPED.items():
         yield native, Target("transformer", native, "BFL")
         yield foreign, Target("transformer", native, "diffusers", swap=True)
@@ -108,7 +120,7 @@ def _table() -> dict[str, dict[str, Target]]:
     }
     clip = {f"{prefix}{name}": Target("clip", name, "transformers") for name in _CLIP for prefix in ("", "text_model.")}
     t5 = {name: Target("t5", name, "transformers") for name in _T5}
-    return {"transformer": {**transformer, **_XLABS}, "clip": clip, "t5": t5}
+    return {"transformer": {**transformer, **_XLABS, **_FUSED}, "clip": clip, "t5": t5}
 
 
 _TABLES = {".": _table()}
@@ -163,6 +175,8 @@ def _format(origin: str, layout: str, slots: set[str]) -> str:
         return "XLabs"
     if (origin, layout) == ("PEFT", "BFL"):
         return "fal Kontext"
+    if (origin, layout) == ("diffusers", "BFL"):
+        return "OneTrainer"
     if origin == "ComfyUI" and {"down", "up"} <= slots:
         return "AI-Toolkit"
     if origin == "bare":

@@ -351,10 +351,28 @@ class TestFit:
         with pytest.raises(FluxError, match="changes nothing of this model"):
             fit(lora(deep), {"transformer": model_of("float32")})
 
+    def test_a_lora_for_text_encoders_that_are_not_given_is_refused(self, model_of):
+        change = {"encoder.layers.0.mlp.fc1": (LowRank(down=torch.ones(1, 8), up=torch.ones(8, 1)),)}
+        with pytest.raises(FluxError, match=r"changes nothing of this model; its CLIP part needs the text encoders"):
+            fit(lora(change, "clip"), {"transformer": model_of("float32")})
+
     def test_norms_of_another_size_are_refused(self, model_of):
         values = {"single_blocks.1.norm.key_norm.scale": torch.ones(7)}
         with pytest.raises(FluxError, match=r"sets single_blocks.1.norm.key_norm.scale"):
             fit(lora(values=values), {"transformer": model_of("float32")})
+
+
+@pytest.mark.parametrize("kind", ["float32", "bnb-nf4"])
+def test_a_whole_weight_takes_the_place_of_a_plain_or_packed_one(model_of, kind):
+    model, r = model_of(kind), numbers(2)
+    name = "double_blocks.0.img_mlp.0"
+    change = lora(values={f"{name}.weight": r(256, 64)})
+    before, layer, x = bytes_of(model), model.get_submodule(name), r(5, 64)
+    assert fit(change, {"transformer": model}).matched == {"transformer": 10}
+    with applied(model, LoraStack().plus(change)):
+        expected = torch.nn.functional.linear(x, change.values[f"{name}.weight"], layer.bias)
+        assert torch.equal(model.get_submodule(name)(x), expected)
+    assert model.get_submodule(name) is layer and bytes_of(model) == before
 
 
 def test_text_encoders_too():

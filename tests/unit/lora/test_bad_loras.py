@@ -51,6 +51,9 @@ OTHER_MODELS = {
     "HiDream": {"diffusion_model.double_stream_blocks.0.block.attn1.to_q.lora_A.weight": (2, 8)},
     "Chroma": {"lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight": (2, 8)},
     "Lumina": {"diffusion_model.layers.0.attention.qkv.lora_A.weight": (2, 8)},
+    "PixArt, LTX-Video, Stable Diffusion 3.5": {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (2, 1536),
+        "transformer.transformer_blocks.0.attn2.to_q.lora_A.weight": (2, 1536)},
     "PixArt": {"transformer.transformer_blocks.0.attn2.to_q.lora_A.weight": (2, 8)},
 }  # fmt: skip
 

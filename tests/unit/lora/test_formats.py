@@ -99,7 +99,7 @@ BFL_FORMATS = {
     "fal": (prefixed("base_model.model."), A_B, None, "fal Kontext"),
     "adapter name": (prefixed("base_model.model."), (".lora_A.default.weight", ".lora_B.default.weight"), None,
                      "fal Kontext"),
-    "transformer prefix": (prefixed("transformer."), DOWN_UP, 3.0, "diffusers"),
+    "transformer prefix": (prefixed("transformer."), DOWN_UP, 3.0, "OneTrainer"),
 }  # fmt: skip
 DIFFUSERS_FORMATS = {
     "diffusers": (prefixed("transformer."), A_B, None, "diffusers"),
@@ -158,6 +158,38 @@ def test_xlabs(read, deltas):
         same(deltas(lora), dense)
         assert lora.format == "XLabs" and not lora.unused
     assert lora.layers["transformer"]["single_blocks.0.linear1"][0].rows == (0, 24)
+
+
+def test_onetrainer_with_bfl_names_keeps_the_parts_of_joined_layers_apart(layers, size, read, deltas):
+    """The parts have numbers, the input layer a name of its own, and the last modulation stays in BFL's order."""
+    spell, whole = prefixed("transformer."), [layer for layer in layers if not layer.endswith(tuple(HEIGHTS))]
+    tensors, dense = write(whole, size, lambda name: spell("img_in.proj" if name == "img_in" else name), DOWN_UP, 1.0)
+    for layer in set(layers) - set(whole):
+        parts = []
+        for number, height in enumerate(HEIGHTS[layer.rsplit(".", 1)[-1]]):
+            down, up = random_pair(height, 8, 2)
+            name = spell(f"{layer}.{number}")
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.ones(())}
+            parts.append(up @ down / 2)
+        dense[layer] = torch.cat(parts)
+    lora = read(tensors)
+    same(deltas(lora), dense)
+    assert (lora.format, lora.unused) == ("OneTrainer", ())
+
+
+@pytest.mark.parametrize("spell", [prefixed("transformer."), underscored("lycoris_")])
+def test_fused_projections_of_diffusers(spell, read, deltas):
+    """q, k and v of a single block are the first rows of its joined layer."""
+    heights = {"transformer_blocks.1.attn.to_qkv": "double_blocks.1.img_attn.qkv",
+               "transformer_blocks.0.attn.to_added_qkv": "double_blocks.0.txt_attn.qkv",
+               "single_transformer_blocks.1.attn.to_qkv": "single_blocks.1.linear1"}  # fmt: skip
+    torch.manual_seed(0)
+    pairs = {name: random_pair(24, 8, 2) for name in heights}
+    tensors = {f"{spell(name)}.lora_A.weight": down for name, (down, _) in pairs.items()}
+    tensors |= {f"{spell(name)}.lora_B.weight": up for name, (_, up) in pairs.items()}
+    lora = read(tensors)
+    same(deltas(lora), {heights[name]: up @ down for name, (down, up) in pairs.items()})
+    assert lora.layers["transformer"]["single_blocks.1.linear1"][0].rows == (0, 24) and not lora.unused
 
 
 def test_bfl_control_lora(layers, size, read, deltas, biases):
