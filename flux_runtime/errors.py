@@ -1,5 +1,24 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and the check that no picture is made of numbers that are none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FluxError(ValueError):
     """Something the user can mend: the message names the thing and the remedy, in a sentence."""
+
+
+def check_finite(result: Tensor, what: str) -> None:
+    """Refuse what `what` made where it holds NaN or infinity, which would be shown as black."""
+    if result.isfinite().all():
+        return
+    kind = str(result.dtype).removeprefix("torch.")
+    overflow, damage = (
+        "load it as bfloat16 or float32",
+        "look for damage in its weights, its LoRAs and what it was given",
+    )
+    raise FluxError(f"{what} made numbers that are not finite, in {kind}; {overflow if kind == 'float16' else damage}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import solvers
 from .bind import Canvas, bind, negative_conditions, run_transformer
 from .conditioning import Conditioning
-from .errors import FluxError
+from .errors import FluxError, check_finite
 from .flux import FluxModel
 from .guidance import Cfg, Plain
 from .inpaint import Differential, KeepOutside, renoise
@@ -43,7 +43,7 @@ def sample(
     positive: Conditioning,
     negative: Conditioning | None = None,
     *,
-    latents: Tensor,
+    latents: Tensor | None,
     noise: Tensor | None,
     steps: int,
     sigmas: Sequence[float] | Tensor | None = None,
@@ -59,37 +59,48 @@ def sample(
     """Draw: raw latents (B, C, h, w) -> raw latents in float32.
 
     `start` and `end` cut the schedule, as fractions of its steps: a later start keeps more of `latents`, an earlier
-    end leaves noise in the result. `noise` None means that `latents` are already at the noise level of the start.
+    end leaves noise in the result. `noise` None means that `latents` are already at the noise level of the start,
+    `latents` None that the noise alone is, whatever level that may be.
     `noise_mask` (B or 1, 1, any size), 1 where to draw, keeps the rest; where it is grey it blends, or with `soft_mask`
     sets from when on a pixel changes. `watch` gets (step, x, clean estimate) as model-space latents (B, C, h, w) after
     every step, and may raise to stop.
     """
-    _check_latents(model, latents)
-    height, width = latents.shape[2:]
+    shape = _shape(model, latents, noise)
+    height, width = shape[2:]
     levels = cut(model.sigmas(steps, height, width, sigmas), start, end)
-    source = _tokens(model, model.latent.to_model(latents.float()))
+    source = None if latents is None else _tokens(model, model.latent.to_model(latents.float()))
     fresh = None if noise is None else _tokens(model, noise)
-    x = source if fresh is None else _start(source, fresh, levels[0].item())
+    x = _start(source, fresh, levels[0].item())
     constraints = () if noise_mask is None else (_keep(source, fresh, noise_mask, height, width, soft_mask),)
     observe = None if watch is None else _unpacked(watch, height, width)
     with model.ready():
-        guide = _guide(model, positive, negative, latents.shape, levels, guidance, true_cfg_scale)
+        guide = _guide(model, positive, negative, shape, levels, guidance, true_cfg_scale)
         model_call = run_transformer(model.transformer)
         x = denoise(model_call, x, levels.tolist(), guide, solver=solver, constraints=constraints, watch=observe)
+    check_finite(x, f"the {model.variant.name} model")
     return model.latent.to_raw(unpack(x, height, width).float())
 
 
-def _check_latents(model: FluxModel, latents: Tensor) -> None:
+def _shape(model: FluxModel, latents: Tensor | None, noise: Tensor | None) -> torch.Size:
     want = model.latent.channels
-    if latents.ndim != 4 or latents.shape[1] != want:
-        raise FluxError(f"FLUX.1 draws latents of shape (batch, {want}, height, width); got {tuple(latents.shape)}")
+    given = [tensor.shape for tensor in (latents, noise) if tensor is not None]
+    if not given:
+        raise FluxError("there is nothing to draw from; give latents, noise or both")
+    for shape in given:
+        if len(shape) != 4 or shape[1] != want:
+            raise FluxError(f"FLUX.1 draws latents of shape (batch, {want}, height, width); got {tuple(shape)}")
+    if given[0] != given[-1]:
+        raise FluxError(f"noise of shape {tuple(given[-1])} does not fit latents of {tuple(given[0])}; make them alike")
+    return given[0]
 
 
 def _tokens(model: FluxModel, latents: Tensor) -> Tensor:
     return pack(latents.to(model.device, model.dtype))
 
 
-def _start(source: Tensor, noise: Tensor, sigma: float) -> Tensor:
+def _start(source: Tensor | None, noise: Tensor | None, sigma: float) -> Tensor:
+    if source is None or noise is None:
+        return noise if source is None else source
     return noise if sigma == 1 else renoise(source, noise, sigma)
 
 
@@ -108,7 +119,8 @@ def _guide(
     if negative is None or true_cfg_scale <= 1:
         _tell_one_pass(negative is not None, true_cfg_scale)
         return Plain(branch)
-    other = replace(canvas, prompts=negative.for_canvas(*where), negative=True)
+    own = canvas.guidance if negative.guidance is None else _guidance(model, negative, guidance)
+    other = replace(canvas, prompts=negative.for_canvas(*where), guidance=own, negative=True)
     return Cfg(branch, bind(other, negative_conditions(positive, negative), branch), true_cfg_scale)
 
 
@@ -125,14 +137,22 @@ def _guidance(model: FluxModel, conditioning: Conditioning, override: float | No
     asked = conditioning.guidance if override is None else override
     if asked and not model.params.guidance_embed:
         log.warning("%s has no guidance embedding: the guidance of %g has no effect", model.variant.name, asked)
+    largest = torch.finfo(model.dtype).max / 1000  # the embedding reads thousandths
+    if asked is not None and model.params.guidance_embed and not abs(asked) < largest:
+        raise FluxError(
+            f"a guidance of {asked:g} is beyond what {str(model.dtype).removeprefix('torch.')} holds; "
+            f"use less than {largest:.0f}"
+        )
     return model.variant.guidance if asked is None else asked
 
 
 def _keep(
-    source: Tensor, noise: Tensor | None, mask: Tensor, height: int, width: int, soft: bool
+    source: Tensor | None, noise: Tensor | None, mask: Tensor, height: int, width: int, soft: bool
 ) -> KeepOutside | Differential:
     if noise is None:
         raise FluxError("a masked latent needs fresh noise: switch `add_noise` on, or remove the mask")
+    if source is None:
+        raise FluxError("a mask keeps a part of a picture: give its latents, or remove the mask")
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
     if len(source) % len(mask):
         raise FluxError(

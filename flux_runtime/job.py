@@ -144,14 +144,17 @@ class Job:
         strength: float = 1.0,
         mask: Tensor | None = None,
     ) -> Pictures:
-        """Run the loop and decode. `source` are raw latents to start from, `mask` (B, H, W) is 1 where to redraw."""
+        """Run the loop and decode. `mask` (B, H, W) is 1 where to redraw.
+
+        `source` are raw latents to start from; without them the noise alone is.
+        """
         options, sigmas = self.options, self.options.get("sigmas")
         steps = self._steps(sigmas)
         raw = sample(
             self.flux.model,
             self.positive.plus(*conditions),
             self.negative,
-            latents=torch.zeros(self.shape) if source is None else source,
+            latents=source,
             noise=noise,
             steps=steps,
             sigmas=sigmas,
@@ -236,15 +239,19 @@ def _size(flux: Flux, options: Common) -> tuple[int, int]:
 def _conditionings(
     flux: Flux, prompt: Texts | Conditioning, options: Common
 ) -> tuple[Conditioning, Conditioning | None]:
-    given = isinstance(prompt, Conditioning)
-    positive = prompt if given else _encode(flux, prompt, options.get("prompt_2"), options)
-    negative = options.get("negative_prompt")
-    if negative is None or isinstance(negative, Conditioning):
-        return positive, negative
-    return positive, _encode(flux, negative, options.get("negative_prompt_2"), options)
+    positive, negative = _encoded(flux, prompt, options.get("prompt_2"), options), options.get("negative_prompt")
+    if negative is not None:
+        return positive, _encoded(flux, negative, options.get("negative_prompt_2"), options)
+    if options.get("negative_prompt_2"):
+        raise FluxError("a negative_prompt_2 goes with a negative_prompt; give both, or the latter alone")
+    return positive, None
 
 
-def _encode(flux: Flux, prompt: Texts, prompt_2: Texts | None, options: Common) -> Conditioning:
+def _encoded(flux: Flux, prompt: Texts | Conditioning, prompt_2: Texts | None, options: Common) -> Conditioning:
+    if isinstance(prompt, Conditioning):
+        if prompt_2:
+            raise FluxError("a second prompt goes with a text, and this prompt is encoded already; leave it out")
+        return prompt
     if flux.text is None:
         raise FluxError("this checkpoint has no text encoders; load it with load_parts(clip=..., t5=...)")
     return Conditioning((flux.text.encode(prompt, prompt_2, max_tokens=options.get("max_sequence_length")),))
@@ -290,6 +297,8 @@ def _listed(value: object, count: int | None = None) -> list:
 
 def _generators(options: Common, batch: int) -> tuple[torch.Generator, ...]:
     generator, seed = options.get("generator"), options.get("seed")
+    if generator is not None and seed is not None:
+        raise FluxError("a seed and a generator both say where the noise comes from; give one of them")
     if generator is None:
         generator = torch.Generator().manual_seed(_random_seed() if seed is None else seed)
     every = (generator,) if isinstance(generator, torch.Generator) else tuple(generator)

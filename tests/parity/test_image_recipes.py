@@ -175,14 +175,39 @@ HALF = {  # recipe: its pipeline, the model's channels, the options of the oracl
 }
 
 
+def inputs_of(name: str, mask: Image.Image) -> tuple[dict, dict, dict]:
+    """The options of a recipe in `HALF`: those of both sides, the oracle's, ours."""
+    _, _, theirs, mine = HALF[name]
+    both = {} if name == "kontext_inpaint" else dict(SIZE)
+    both |= {"control_image": picture(2)} if "control" in name else {}
+    both |= {"image": picture(1)} if name != "control" else {}
+    masked = name == "fill" or name.endswith("inpaint")
+    return (both, {**theirs, "mask_image": mask}, {**mine, "mask": mask}) if masked else (both, theirs, mine)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_every_recipe_stops_after_the_step_in_which_it_is_told_to(pair, shape_of, mask, name):
+    class Stop(Exception):
+        pass
+
+    def watch(step, latents, clean):
+        assert latents.shape == clean.shape and latents.shape[1] == 16
+        seen.append(step.index)
+        if step.index == 1:
+            raise Stop
+
+    seen: list[int] = []
+    _, flux = pair(shape_of(in_channels=HALF[name][1]))
+    both, _, mine = inputs_of(name, mask)
+    with pytest.raises(Stop):
+        ours(getattr(recipes, name), flux, watch=watch, **both, **mine)
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize("name", HALF)
 def test_bfloat16_is_no_further_from_float32_than_the_oracle(pair, relative, oracle, shape_of, mask, name):
-    pipeline, channels, theirs, mine = HALF[name]
-    shape, call = shape_of(in_channels=channels), {} if name == "kontext_inpaint" else dict(SIZE)
-    call |= {"control_image": picture(2)} if "control" in name else {}
-    call |= {"image": picture(1)} if name != "control" else {}
-    masked = name == "fill" or name.endswith("inpaint")
-    theirs, mine = ({**theirs, "mask_image": mask}, {**mine, "mask": mask}) if masked else (theirs, mine)
+    pipeline, channels, _, _ = HALF[name]
+    shape, (call, theirs, mine) = shape_of(in_channels=channels), inputs_of(name, mask)
     exact = oracle(pair(shape)[0], pipeline, **call, **theirs).float()
     pipe, flux = pair(shape, torch.bfloat16)
     allowed = relative(oracle(pipe, pipeline, **call, **theirs).float(), exact)

@@ -41,7 +41,7 @@ def test_a_generator_for_each_picture(pair, relative, pictures):
 @torch.no_grad()
 def test_decoding(pair, relative):
     pipe, flux = pair()
-    latents = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(2))
+    latents = torch.randn(3, 16, 6, 10, generator=torch.Generator().manual_seed(2))
     theirs = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert relative(flux.vae.decode(latents), theirs) < EXACT
 
@@ -52,3 +52,12 @@ def test_the_latent_format_is_the_checkpoints(pair):
     assert (latent.scale, latent.shift) == (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)
     assert latent.factor == 8
     assert latent.channels == 16
+
+
+def test_several_pictures_are_decoded_one_after_the_other(pair, monkeypatch):
+    """The decoder's activations are the largest tensors of a run: a batch must not multiply them."""
+    _, flux = pair()
+    seen, plain = [], flux.vae.model.decode
+    monkeypatch.setattr(flux.vae.model, "decode", lambda latents: seen.append(len(latents)) or plain(latents))
+    assert len(flux.vae.decode(torch.zeros(3, 16, 2, 2))) == 3
+    assert seen == [1, 1, 1]

@@ -1,5 +1,7 @@
 """Drawing with the demo model through `sample`: ranges, masks, seeds, and what a watcher sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,12 +97,42 @@ def test_a_batch_shares_one_prompt_or_divides_several(demo, prompt):
         ({"start": 0.9, "end": 0.2}, "denoise range"),
         ({"steps": 0}, "at least 1"),
         ({"noise": None, "noise_mask": torch.ones(1, 1, 8, 8)}, "needs fresh noise"),
+        ({"latents": None, "noise_mask": torch.ones(1, 1, 8, 8)}, "give its latents"),
+        ({"latents": None, "noise": None}, "nothing to draw from"),
+        ({"noise": torch.zeros(1, 16, 8, 8)}, r"noise of shape \(1, 16, 8, 8\) does not fit"),
+        ({"guidance": float("nan")}, "guidance of nan"),
+        ({"latents": torch.full(SHAPE, torch.nan), "start": 0.5}, "dev model made numbers that are not finite"),
     ],
-    ids=["channels", "odd", "range", "steps", "mask without noise"],
+    ids=[
+        "channels",
+        "odd",
+        "range",
+        "steps",
+        "mask without noise",
+        "mask without latents",
+        "nothing",
+        "noise of another size",
+        "guidance",
+        "not finite",
+    ],
 )
 def test_what_cannot_be_drawn_says_why(demo, prompt, change, message):
     with pytest.raises(FluxError, match=message):
         draw(demo, prompt, **change)
+
+
+def test_a_vae_that_overflows_says_so_instead_of_showing_black(demo):
+    with pytest.raises(FluxError, match="the VAE made numbers that are not finite, in "):
+        demo.vae.decode(torch.full(SHAPE, torch.inf))
+
+
+def test_a_negative_prompt_may_ask_for_a_guidance_of_its_own(demo, prompt):
+    def drawn(own, **options):
+        return draw(demo, prompt, negative=replace(prompt, guidance=own), true_cfg_scale=2.0, steps=2, **options)
+
+    assert torch.equal(drawn(None), drawn(demo.model.variant.guidance))
+    assert not torch.equal(drawn(None), drawn(1.5))
+    assert torch.equal(drawn(None, guidance=2.0), drawn(1.5, guidance=2.0)), "the run's own guidance is for both"
 
 
 def test_text_of_another_model_says_so(demo):
@@ -132,6 +164,20 @@ def test_a_random_seed_leaves_the_generator_of_others_alone(demo):
     one, other = (recipes.text_to_image(demo, "a tree", steps=1, output="latent") for _ in range(2))
     assert not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative_prompt_2": "blur"}, "goes with a negative_prompt"),
+        ({"negative_prompt": Conditioning(()), "negative_prompt_2": "blur"}, "encoded already"),
+        ({"seed": 1, "generator": torch.Generator()}, "give one of them"),
+    ],
+    ids=["half a negative", "words for tokens", "two sources of noise"],
+)
+def test_an_option_that_would_have_no_effect_is_refused(demo, options, message):
+    with pytest.raises(FluxError, match=message):
+        recipes.text_to_image(demo, "a tree", **options)
 
 
 def test_no_picture_at_all_is_refused(demo):
