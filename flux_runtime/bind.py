@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -127,13 +128,13 @@ def bind(canvas: Canvas, conditions: Sequence[Condition], positive: Bound | None
     layout = canvas.layout(place(references, canvas))
     context = transformer.prepare(canvas.text, layout.ids())
     txt = context.txt.expand(canvas.shape[0], -1, -1)
-    bias = attention_bias(layout, canvas.prompts, [r.strength for r in references])
+    strengths = [r.strength for r in references]
     return Bound(
         context=Context(txt, context.rope),
         modulation=canvas.modulation(transformer),
         levels=canvas.levels,
         layout=layout,
-        bias=None if bias is None else bias.to(model.device, model.dtype),
+        bias=attention_bias(layout, canvas.prompts, strengths, device=model.device, dtype=model.dtype),
         conditioners=tuple((c, _conditioner(c, canvas, positive)) for c in ordered),
     )
 
@@ -178,9 +179,13 @@ def with_residuals(inputs: Inputs, more: Residuals) -> Inputs:
 
 
 def _sum(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    longest = max(len(a), len(b))
-    pairs = zip((*a, *[None] * (longest - len(a))), (*b, *[None] * (longest - len(b))), strict=True)
-    return tuple(y if x is None else x if y is None else x + y for x, y in pairs)
+    """Blocks that share a residual share the sum: otherwise two nets would hold one for each of 57 blocks."""
+    sums: dict[tuple[int, int], Tensor | None] = {}
+    pairs = list(zip_longest(a, b))
+    for x, y in pairs:
+        if (id(x), id(y)) not in sums:
+            sums[id(x), id(y)] = y if x is None else x if y is None else x + y
+    return tuple(sums[id(x), id(y)] for x, y in pairs)
 
 
 def _check_prompt(model: FluxModel, canvas: Canvas) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from .conditioning import Conditioning, Prompt
 from .errors import FluxError
 from .layout import PATCH, Layout
 from .masks import combine_masks
+
+EVERYTHING = torch.ones(1)
+ALIGNED = 16  # numbers
 
 
 def within(conditioning: Conditioning, region: Tensor, strength: float = 1.0) -> Conditioning:
@@ -25,38 +29,50 @@ def within(conditioning: Conditioning, region: Tensor, strength: float = 1.0) ->
     return replace(conditioning, prompts=tuple(map(placed, conditioning.prompts)))
 
 
-def attention_bias(layout: Layout, prompts: Sequence[Prompt], strengths: Sequence[float]) -> Tensor | None:
+def attention_bias(
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    strengths: Sequence[float],
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
     """(1, 1, S, S) to add to the attention scores, or None where everything sees everything alike.
 
     A prompt with a region is seen only by the canvas inside it (softly where the mask is), and sees only that; regional
     prompts do not see each other. A strength other than 1 adds its logarithm to the scores of those tokens, so that
-    their softmax weight is multiplied. `strengths` are those of the references.
+    their softmax weight is multiplied; what a token gives to itself and its own span stays. `strengths` are those of
+    the references.
     """
-    regional = any(p.region is not None for p in prompts)
-    if not regional and all(s == 1 for s in (*strengths, *(p.strength for p in prompts))):
+    spans = (*layout.text_spans(), layout.canvas_span(), *layout.reference_spans())
+    looked_at = (*(_checked(p.strength) for p in prompts), 1.0, *map(_checked, strengths))
+    inside = {n: region_tokens(p.region, layout) for n, p in enumerate(prompts) if p.region is not None}
+    if not inside and set(looked_at) == {1.0}:
         return None
-    weight = torch.ones(layout.total_tokens, layout.total_tokens)
-    spans = layout.text_spans()
-    if regional:
-        _keep_apart(weight, layout, prompts, spans)
-    for span, prompt in zip(spans, prompts, strict=True):
-        _scale(weight, span, prompt.strength)
-    for span, strength in zip(layout.reference_spans(), strengths, strict=True):
-        _scale(weight, span, strength)
-    return weight.log()[None, None]
+
+    def seen(row: int, column: int) -> Tensor:
+        """How much the tokens of one span see of another's, as something that spreads over that block."""
+        if row in inside and column in inside:
+            return torch.tensor(0.0)
+        if len(prompts) in (row, column):  # the canvas
+            return inside.get(row, EVERYTHING)[None, :] if row < column else inside.get(column, EVERYTHING)[:, None]
+        return EVERYTHING
+
+    bias = _zeros(layout.total_tokens, device, dtype)
+    for (row, rows), (column, columns) in permutations(enumerate(spans), 2):
+        bias[rows, columns] = (seen(row, column) * looked_at[column]).log().to(bias)
+    return bias[None, None]
 
 
-def _keep_apart(weight: Tensor, layout: Layout, prompts: Sequence[Prompt], spans: Sequence[slice]) -> None:
-    canvas = layout.canvas_span()
-    for index, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
-        if prompt.region is None:
-            continue
-        inside = region_tokens(prompt.region, layout)
-        weight[canvas, span] = inside[:, None]
-        weight[span, canvas] = inside[None, :]
-        for other_index, other in enumerate(spans):
-            if other_index != index and prompts[other_index].region is not None:
-                weight[span, other] = 0.0
+def _checked(strength: float) -> float:
+    if strength < 0:
+        raise FluxError(f"a strength of {strength} is not possible; use 0 (unseen) or more")
+    return strength
+
+
+def _zeros(size: int, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """(size, size) with rows so far apart that CUDA's attention does not copy it in every call to align them."""
+    return torch.zeros(size, -(-size // ALIGNED) * ALIGNED, device=device, dtype=dtype)[:, :size]
 
 
 def region_tokens(region: Tensor, layout: Layout) -> Tensor:
@@ -66,14 +82,3 @@ def region_tokens(region: Tensor, layout: Layout) -> Tensor:
     if not mask.any():
         raise FluxError("a region's mask has no white pixel: nothing would be drawn there; paint the region white")
     return mask.flatten()
-
-
-def _scale(weight: Tensor, span: slice, strength: float) -> None:
-    """The columns are the tokens looked at; what a token gives to itself and its own span stays."""
-    if strength == 1:
-        return
-    if strength < 0:
-        raise FluxError(f"a strength of {strength} is not possible; use 0 (unseen) or more")
-    own = weight[span, span].clone()
-    weight[:, span] *= strength
-    weight[span, span] = own

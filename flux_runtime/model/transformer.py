@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..variants import FluxParams
@@ -73,7 +72,6 @@ class FluxTransformer(Trunk):
 
 def _plus(x: Tensor, residuals: Sequence[Tensor | None], index: int, start: int) -> Tensor:
     """Add residual `index`, if there is one, to the tokens that begin at `start`; those behind it stay."""
-    if index >= len(residuals) or residuals[index] is None:
-        return x
-    residual = residuals[index]
-    return x + F.pad(residual, (0, 0, start, x.shape[1] - start - residual.shape[1]))
+    if index < len(residuals) and residuals[index] is not None:
+        x[:, start : start + residuals[index].shape[1]] += residuals[index]  # x is a block's own result, and no one's
+    return x

@@ -36,6 +36,14 @@ def test_a_regional_prompt_is_seen_inside_its_region_only():
     assert (bias[9] == 0).all(), "a reference sees everything"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_is_made_in_the_types_of_the_model_and_rounded_once(dtype):
+    prompts = [prompt(2, left_half() * 0.3, 0.7), prompt(3, strength=0.25)]
+    whole, half = (attention_bias(LAYOUT, prompts, [2.0], dtype=kind) for kind in (torch.float32, dtype))
+    assert torch.equal(half, whole.to(dtype))
+    assert half.stride(2) % 8 == 0, "CUDA's attention copies a bias of other rows in every call"
+
+
 def test_two_regional_prompts_do_not_see_each_other():
     bias = attention_bias(LAYOUT, [prompt(2, left_half()), prompt(3, 1 - left_half())], [1.0])[0, 0]
     assert (bias[0:2, 2:5] == -math.inf).all()

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluxcanvas.flux_runtime.bind import Inputs, with_residuals
 from fluxcanvas.flux_runtime.model.sidenet import SideNet, SideNetParams
+from fluxcanvas.flux_runtime.model.transformer import Residuals
 from fluxcanvas.flux_runtime.model.trunk import Context
+from fluxcanvas.flux_runtime.sidenets import spread
 from fluxcanvas.flux_runtime.variants import FluxParams
 
 TRUNK = FluxParams(64, 64, 12, 20, 32, 2, 64, 2, 1, (4, 6, 6))
@@ -54,3 +57,13 @@ def test_mistolines_stem_is_ten_convolutions(nets):
     assert torch.allclose(stem(x), expected, atol=1e-6)
     assert stem(x).shape == (1, 16, 4, 6)
     assert nets[1].hint_tokens(x).shape == (1, 6, 32)
+
+
+def test_two_nets_hold_no_more_sums_than_they_have_residuals():
+    """A net's few residuals serve many blocks each; so must the sums, which are as large as the image stream."""
+    short, long = (tuple(torch.randn(1, 4, 8) for _ in range(count)) for count in (2, 3))
+    first, second = (spread(Residuals(own, own), 1.0, 19, 38, in_runs=True) for own in (short, long))
+    nothing = Inputs(torch.zeros(1, 4, 8), None, None, None, 1.0)
+    both = with_residuals(with_residuals(nothing, first), second).residuals
+    assert all(torch.equal(s, a + b) for s, a, b in zip(both.single, first.single, second.single, strict=True))
+    assert len({id(tensor) for tensor in both.single}) == len({id(tensor) for tensor in both.double}) == 4
