@@ -68,7 +68,8 @@ def sample(
     if not add_noise and not samples.any():
         raise FluxError("add_noise is off and the latent is empty, so there is nothing to draw from: switch it on")
     steps = steps or model.variant.steps
-    host.text(_plan(steps, f"seed {seed}" if add_noise else "no new noise", true_cfg_scale, negative is not None))
+    plan = _plan(steps, f"seed {seed}" if add_noise else "no new noise", true_cfg_scale, negative is not None)
+    host.text(plan + _ignored(model, guidance or positive.guidance))
     drawn = generate.sample(
         model, positive, negative,
         latents=samples, noise=generate.make_noise(samples.shape, seed) if add_noise else None,
@@ -87,6 +88,13 @@ def _plan(steps: int, noise: str, true_cfg_scale: float, has_negative: bool) -> 
     if true_cfg_scale > 1:
         return plan + (f", true CFG {true_cfg_scale:g}" if has_negative else "; true_cfg_scale needs a negative prompt")
     return plan
+
+
+def _ignored(model: FLUX_MODEL, guidance: float | None) -> str:
+    """A word on a guidance that a model such as schnell has no use for."""
+    if not guidance or model.params.guidance_embed:
+        return ""
+    return f"; {model.variant.name} ignores the guidance of {guidance:g}"
 
 
 def watcher(host: Host, model: FLUX_MODEL) -> Callable[[Step, Tensor, Tensor], None]:

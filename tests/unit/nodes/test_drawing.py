@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fluxcanvas.flux_runtime.errors import FluxError
+from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
+from fluxcanvas.flux_runtime.variants import VARIANTS
 from fluxcanvas.nodes import NODE_CLASS_MAPPINGS
 
 STEPS = 3
@@ -89,6 +92,20 @@ def test_a_negative_prompt_counts_only_with_true_cfg_and_the_node_says_so(host, 
     assert "true_cfg_scale needs a negative prompt" in host.texts[-1]
     assert not torch.equal(plain, draw(negative=prompts[1], true_cfg_scale=3.0)["samples"])
     assert host.texts[-1].endswith("true CFG 3")
+
+
+def test_a_model_that_ignores_guidance_says_so_on_the_node(host, draw, demo, prompts):
+    schnell = FluxTransformer(replace(demo.model.params, guidance_embed=False)).eval().requires_grad_(False)
+    weights = {name: weight for name, weight in demo.transformer.state_dict().items() if "guidance_in" not in name}
+    schnell.load_state_dict(weights)
+    model = replace(demo.model, transformer=schnell, variant=VARIANTS["schnell"])
+    draw(model=model, guidance=7.0)
+    assert host.texts[-1].endswith("; schnell ignores the guidance of 7")
+    draw(model=model, positive=replace(prompts[0], guidance=2.5))
+    assert host.texts[-1].endswith("; schnell ignores the guidance of 2.5")
+    draw(model=model)
+    draw(guidance=7.0)
+    assert "ignores" not in "".join(host.texts[-2:])
 
 
 def test_a_later_start_keeps_more_of_the_picture(draw, demo, run):
