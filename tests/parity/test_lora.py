@@ -154,6 +154,17 @@ def test_a_control_lora_widens_the_model_and_leaves_it_narrow(pair, relative, or
         draw(recipes.text_to_image, flux.with_loras(stack))
 
 
+def test_a_turbo_lora_of_the_canvas_alone_on_a_fill_model(pair, relative, oracle, lora, shape_of, mask):
+    """Its input layer reads the 64 channels of the canvas; the model's reads 320 more."""
+    pipe, flux = pair(shape_of(in_channels=384))
+    state = low_rank({"transformer.x_embedder": (WIDTH, 64), **LAYERS}, 6, 9, alpha=6.0)
+    picture = Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 30).convert("RGB")
+    expected = both(pipe, "FluxFillPipeline", {"one": state}, [0.125], oracle, image=picture, mask_image=mask)
+    for mode in ("beside", "merged"):
+        got = draw(recipes.fill, flux.with_loras(lora(state), 0.125, mode), image=picture, mask=mask)
+        assert relative(got, expected) < EXACT < relative(draw(recipes.fill, flux, image=picture, mask=mask), expected)
+
+
 def test_an_error_in_a_run_leaves_no_trace(pair, lora):
     _, flux = pair()
     plain = draw(recipes.text_to_image, flux)
