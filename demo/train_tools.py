@@ -59,7 +59,7 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values pushed towards 1 by five steps of Newton-Schulz (bfloat16, if that is fast)."""
+    """The matrix with its singular values pushed to 1 in five steps of Newton-Schulz (in bfloat16 if that is fast)."""
     a, b, c = NEWTON
     x = matrix / (matrix.norm() + 1e-7)
     x = x.bfloat16() if fast_in_half(matrix.device) else x
