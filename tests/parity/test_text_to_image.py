@@ -121,9 +121,9 @@ def test_bfloat16_latents_are_equal_to_the_bit(pair):
 
 
 def test_timesteps_are_rounded_as_often_as_the_oracles(pair, shape_of):
-    """502 is 506 after a division and a product in bfloat16, as few numbers are changed by them."""
+    """Twice at 502 and 253, which a division and a product in bfloat16 change, and not before 1000 * 0.95."""
     pipe, flux = pair(shape_of(guidance=False, dynamic=False, shift=1.0), torch.bfloat16)
-    sigmas = [1.0, 0.51, 0.502, 0.253]
+    sigmas = [1.0, 0.95, 0.502, 0.253]
     assert torch.equal(ours(flux, sigmas=sigmas, generator=rng()), oracle(pipe, sigmas=sigmas, generator=rng()))
 
 

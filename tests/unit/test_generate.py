@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxcanvas.flux_runtime import (
     Conditioning,
@@ -15,7 +16,11 @@ from fluxcanvas.flux_runtime import (
     sample,
     to_tensor,
 )
+from fluxcanvas.flux_runtime.conditioning import combine
+from fluxcanvas.flux_runtime.conditions import Reference
 from fluxcanvas.flux_runtime.layout import unpack
+from fluxcanvas.flux_runtime.pictures import Encoded
+from fluxcanvas.flux_runtime.regions import within
 
 SHAPE = (1, 16, 16, 16)
 
@@ -215,3 +220,34 @@ def test_a_soft_mask_in_a_recipe_redraws_greys_later(demo):
     assert change[0][7] < 0.3 * change[0][8], "a hard mask has an edge where the ramp reaches a half"
     assert 0.3 * change[0][8:].mean() < change[1][6:8].mean(), "a soft one redraws darker greys, too"
     assert change[1][0] < 0.3 * change[1][12:].mean()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make a GPU wait for the CPU: numbers read out of tensors, and shapes that hang on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            self.seen.append(name)
+        return function(*args, **kwargs or {})
+
+
+def test_no_step_waits_for_the_device(demo, prompt):
+    """All that a step needs to know of its noise level is known before the run begins."""
+    region = torch.zeros(16, 16)
+    region[:, :8] = 1
+    conditions = (Reference(Encoded(make_noise(SHAPE, 3)), 128, 128, strength=0.5),)
+    told = combine(prompt, within(prompt, region)).plus(*conditions)
+    mask = torch.ones(1, 1, 16, 16)
+    options = {"negative": prompt, "true_cfg_scale": 2.0, "noise_mask": mask, "latents": make_noise(SHAPE, 7)}
+    counts = []
+    for steps in (1, 4):
+        with Waits() as waits:
+            draw(demo, told, steps=steps, **options)
+        counts.append(len(waits.seen))
+    assert counts[0] > 0, "the check of the result, at the end, does wait"
+    assert counts[0] == counts[1]
