@@ -22,16 +22,26 @@ _COMPONENTS = ("transformer.", "text_encoder.", "text_encoder_2.", "")
 
 @dataclass(frozen=True)
 class Settings:
-    """What PEFT wrote of one component: its alpha, exceptions by the end of a layer's name, and the kind of scale."""
+    """What PEFT wrote of one component: alpha and rank, exceptions by the end of a layer's name, the kind of scale."""
 
     alpha: float
     exceptions: Mapping[str, float] = field(default_factory=dict)
+    rank: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
     root: bool = False  # alpha / sqrt(rank) instead of alpha / rank ("rsLoRA", Kalajdzievski, 2023)
 
-    def of(self, layer: str, rank: int) -> float:
-        """The alpha that, divided by the rank, gives the scale PEFT has."""
-        alpha = next((a for end, a in self.exceptions.items() if layer == end or layer.endswith(f".{end}")), self.alpha)
-        return alpha * math.sqrt(rank) if self.root else alpha
+    def of(self, layer: str, rank: int | None) -> float | None:
+        """The alpha that, divided by the rank, gives the scale PEFT has; by 1 for matrices that show no rank."""
+        alpha = _excepted(layer, self.exceptions, self.alpha)
+        own = rank or _excepted(layer, self.ranks, self.rank)
+        if own is None:
+            return None
+        scaled = alpha * math.sqrt(own) if self.root else alpha
+        return scaled if rank else scaled / own
+
+
+def _excepted(layer: str, exceptions: Mapping[str, float], usual: float | None) -> float | None:
+    return next((value for end, value in exceptions.items() if layer == end or layer.endswith(f".{end}")), usual)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Alphas:
 
     settings: Mapping[str, Settings]
 
-    def of(self, base: str, rank: int) -> float | None:
+    def of(self, base: str, rank: int | None) -> float | None:
         """For a layer under the file's own name; None where nothing is said."""
         for prefix, settings in self.settings.items():
             if base.startswith(prefix):
@@ -67,17 +77,24 @@ def read_alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
 
 
 def _settings(prefix: str, raw: Mapping[str, Any]) -> Settings | None:
-    alpha = raw.get(f"{prefix}lora_alpha")
-    if alpha is None:
+    name = next((f"{prefix}{name}" for name in ("lora_alpha", "alpha") if f"{prefix}{name}" in raw), "")
+    if raw.get(name) is None:
         return None
-    exceptions = raw.get(f"{prefix}alpha_pattern") or {}
-    if not isinstance(exceptions, dict):
-        raise FluxError(f"{prefix}alpha_pattern in its settings is not a table; save the LoRA again")
+    rank = raw.get(f"{prefix}r")
     return Settings(
-        _number(f"{prefix}lora_alpha", alpha),
-        {_ending(pattern): _number(pattern, value) for pattern, value in exceptions.items()},
+        _number(name, raw[name]),
+        _exceptions(f"{prefix}alpha_pattern", raw),
+        None if rank is None else _number(f"{prefix}r", rank),
+        _exceptions(f"{prefix}rank_pattern", raw),
         raw.get(f"{prefix}use_rslora") is True,
     )
+
+
+def _exceptions(name: str, raw: Mapping[str, Any]) -> dict[str, float]:
+    table = raw.get(name) or {}
+    if not isinstance(table, dict):
+        raise FluxError(f"{name} in its settings is not a table; save the LoRA again")
+    return {_ending(name, pattern): _number(pattern, value) for pattern, value in table.items()}
 
 
 def _number(name: str, value: Any) -> float:
@@ -86,9 +103,9 @@ def _number(name: str, value: Any) -> float:
     return checked_alpha(f"{name[:80]} in its settings", float(value))
 
 
-def _ending(pattern: str) -> str:
+def _ending(name: str, pattern: str) -> str:
     """PEFT takes regular expressions and writes names; the expressions of strangers are not run."""
     plain = pattern.removeprefix("^").removesuffix("$").removeprefix(".*").lstrip(".").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", plain):
-        raise FluxError(f"alpha_pattern {pattern[:80]!r} in its settings is no layer's name; save the LoRA again")
+        raise FluxError(f"{name} {pattern[:80]!r} in its settings is no layer's name; save the LoRA again")
     return plain

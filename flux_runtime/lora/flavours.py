@@ -21,7 +21,8 @@ _FLOATS = tuple(
 )  # fmt: skip
 _CONVOLVED = ("lokr_t1", "lokr_t2", "hada_t1", "hada_t2")  # the cores of convolutions, which FLUX.1 has none of
 
-Alpha = Callable[[int], float | None]  # the alpha of a layer without one of its own, given its rank
+# The alpha of a layer without one of its own, given its rank, or None where it shows none.
+Alpha = Callable[[int | None], float | None]
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _factors(found: Found, slot: str) -> tuple[Tensor, ...]:
 def _kronecker(found: Found, alpha: Alpha) -> Kronecker:
     one, two = _factors(found, "lokr_w1"), _factors(found, "lokr_w2")
     ranks = [factors[0].shape[1] for factors in (two, one) if len(factors) == 2]
-    return Kronecker(w1=one, w2=two, alpha=_alpha(found, alpha, ranks[0]) if ranks else None)
+    return Kronecker(w1=one, w2=two, alpha=_alpha(found, alpha, ranks[0]) if ranks else alpha(None))
 
 
 def _hadamard(found: Found, alpha: Alpha) -> Hadamard:

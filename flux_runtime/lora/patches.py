@@ -90,7 +90,7 @@ class LowRank(Patch):
 class Kronecker(Patch):
     """LoKr (LyCORIS): scale * kron(w1, w2), each given whole or as two factors (left, right).
 
-    The scale is alpha / r where a factor has a rank r, and 1 where both are whole.
+    The scale is alpha / r where a factor has a rank r, and alpha where both are whole (r is 1 then); no alpha means 1.
     """
 
     w1: tuple[Tensor, ...] = ()
@@ -100,7 +100,8 @@ class Kronecker(Patch):
     @property
     def scale(self) -> float:
         factored = self.w2 if len(self.w2) == 2 else self.w1
-        return self.alpha / factored[0].shape[1] if len(factored) == 2 and self.alpha is not None else 1.0
+        rank = factored[0].shape[1] if len(factored) == 2 else 1
+        return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
     def shape(self) -> tuple[int, int]:

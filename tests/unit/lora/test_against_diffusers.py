@@ -216,6 +216,34 @@ def test_saved_by_diffusers_with_peft(case, tiny, tmp_path):
         assert torch.allclose(bias, after[f"{layer}.bias"], atol=1e-5), layer
 
 
+@pytest.mark.parametrize("rank", [3, 40], ids=["factored", "whole"])
+@pytest.mark.parametrize("kind", ["LoKrConfig", "LoHaConfig"])
+def test_lokr_and_loha_saved_by_peft(kind, rank, tiny, tmp_path):
+    """PEFT scales by alpha / r, which its settings tell, even where LoKr keeps both matrices whole."""
+    import copy
+
+    import peft
+
+    torch.manual_seed(1)
+    model, before = copy.deepcopy(tiny), native_weights(tiny)
+    config = getattr(peft, kind)(r=rank, alpha=6, target_modules=TARGETS, alpha_pattern={"x_embedder": 5},
+                                 rank_pattern={"context_embedder": 2})  # fmt: skip
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lokr" in name or "hada" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path / "adapter_model.safetensors")
+    assert lora.format == "PEFT" and not lora.unused
+    after = native_weights(wrapped.merge_and_unload())
+    for layer, patches in lora.layers["transformer"].items():
+        weight = before[f"{layer}.weight"].clone()
+        for patch in patches:
+            rows = slice(*patch.rows) if patch.rows else slice(None)
+            weight[rows] += patch.delta(weight[rows])
+        assert torch.allclose(weight, after[f"{layer}.weight"], atol=1e-4, rtol=1e-4), layer
+
+
 def native_weights(model, extra=""):
     state = {name.replace(extra, "") if extra else name: tensor for name, tensor in model.state_dict().items()}
     found = {}
