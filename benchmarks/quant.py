@@ -8,12 +8,12 @@ of the velocity, ||quantised - plain|| / ||plain||, averaged over the noise leve
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
+from timing import name_of, seconds
 from torch import Tensor, nn
 
 from fluxcanvas.flux_runtime import FluxError, load_flux
@@ -67,19 +67,6 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> tuple[FluxTran
     with torch.device(device):
         model = FluxTransformer(params).to(dtype).eval().requires_grad_(False)
     return model, Inputs(model, SIDES[name], None)
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -140,10 +127,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     model, inputs = build(options.model, getattr(torch, options.dtype), device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     size = f"{weight_bytes(model) / 1e6:.0f} MB plain"
     print(
-        f"{options.model}, {options.dtype}, {where}, torch {torch.__version__}, {size}\n\n"
+        f"{options.model}, {options.dtype}, {name_of(device)}, torch {torch.__version__}, {size}\n\n"
         "| scheme | error of the velocity | of the weights | bytes | seconds to quantise | time of a step |\n"
         "|---|---|---|---|---|---|"
     )

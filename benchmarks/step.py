@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import name_of, seconds
 from torch import Tensor
 
 from fluxcanvas.flux_runtime.layout import Layout
@@ -82,19 +80,6 @@ class Inputs:
         return velocity
 
 
-def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.process_time()
-        call()
-        return (time.process_time() - start) / STEPS
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000 / STEPS
-
-
 @torch.no_grad()
 def measure(size: str, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, object]:
     heads, double, single, side, text = SIZES[size]
@@ -108,11 +93,11 @@ def measure(size: str, dtype: torch.dtype, device: torch.device, rounds: int) ->
     return {
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "diffusers s/step": round(statistics.median(a for a, _ in pairs), 4),
-        "fluxcanvas s/step": round(statistics.median(b for _, b in pairs), 4),
+        "diffusers s/step": round(statistics.median(a for a, _ in pairs) / STEPS, 4),
+        "fluxcanvas s/step": round(statistics.median(b for _, b in pairs) / STEPS, 4),
         "ratio": round(statistics.median(b / a for a, b in pairs), 3),
         "max difference": (expected - got).abs().max().item(),
     }
