@@ -113,24 +113,22 @@ def save_model(
     filename_prefix: Annotated[
         str,
         Text(longest=200),
-        "How the file's name begins; it may name a sub-folder (mine/flux). The variant and a number follow.",
+        "How the file's name begins; it may name a sub-folder (mine/flux). A number follows.",
     ] = "flux1",
 ) -> Annotated[STRING, Output("path"), "Where the file is."]:
     """Saves the transformer as one file in diffusion_models, as it is stored now, for Load FLUX and Load FLUX Parts."""
     from ..flux_runtime.quant.save import save_module
-    from ..flux_runtime.weights.load import choose_schedule
+    from ..flux_runtime.weights.identity import header_of
     from ..flux_runtime.weights.report import human
 
     host = current()
-    path = _free_path(_folder(host), filename_prefix, model.variant.name)
+    path = _free_path(_folder(host), filename_prefix)
     tell = _telling(host, f"saving {path.name}")
-    size = save_module(model.transformer, path, progress=tell)
+    size = save_module(model.transformer, path, metadata=header_of(model), progress=tell)
     lines = [f"saved {path}", human(size, "B", 1000)]
     if model.loras:
         names = ", ".join(entry.lora.name for entry in model.loras.entries)
         lines.append(f"without the LoRAs, which stay files of their own: {names}")
-    if model.schedule != choose_schedule(model.variant, None):
-        lines.append(f"without its noise schedule, which is not that of {model.variant.name}: it will draw differently")
     host.text("\n".join(lines))
     return str(path)
 
@@ -143,18 +141,14 @@ def _folder(host: Host) -> Path:
     return next((folder for folder in folders if folder.name == SAVED_TO), folders[0])
 
 
-def _free_path(folder: Path, prefix: str, variant: str) -> Path:
-    """`<prefix>-<variant>_00001.safetensors` in the folder, under the first number that is free.
-
-    The variant stands in the name because nothing else tells dev, Krea and Kontext apart when the file is loaded.
-    """
+def _free_path(folder: Path, prefix: str) -> Path:
+    """`<prefix>_00001.safetensors` in the folder, under the first number that is free."""
     parts = [part.strip() for part in prefix.replace("\\", "/").split("/")]
     if any(not part.strip(".") or re.search(r'[<>:"|?*\x00-\x1f]', part) for part in parts):
         raise FluxError(
             f"Save Model: the filename_prefix {prefix[:80]!r} is no name for a file; use letters and digits, "
             "and / for a sub-folder"
         )
-    stem = parts[-1] if variant in parts[-1].lower() else f"{parts[-1]}-{variant}"
     place = folder.joinpath(*parts[:-1])
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -162,5 +156,5 @@ def _free_path(folder: Path, prefix: str, variant: str) -> Path:
         raise FluxError(f"Save Model: the folder {place} cannot be made: {error.strerror}; choose another") from error
     taken = {path.name for path in place.iterdir()}
     return next(
-        place / file for number in itertools.count(1) if (file := f"{stem}_{number:05}.safetensors") not in taken
+        place / file for number in itertools.count(1) if (file := f"{parts[-1]}_{number:05}.safetensors") not in taken
     )

@@ -35,6 +35,7 @@ class Fit:
 
 def skeleton(component: Component, make: Callable[[Component], nn.Module] | None = None) -> nn.Module:
     """The module that these tensors belong to (or that `make` makes), on the meta device: no memory for weights."""
+    component.require_sound()
     make = make or {"transformer": _transformer, "vae": _vae, "clip": _clip, "t5": _t5}[component.kind]
     with torch.device("meta"):
         return make(component).eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from ..quant.save import packings_from
 from . import keys
 from .files import LazyTensor
 from .gguf_names import t5_names
+from .identity import told_by
 from .packing import gather
 
 KINDS = ("transformer", "clip", "t5", "vae")
@@ -109,6 +110,13 @@ class Component:
     incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # native name -> its parts that the file lacks
     unreadable: str = ""  # the scheme, where the weights are packed in a way that is not read here
     table: keys.KeyMap | None = None  # from the file's names to native ones, where they differ
+    fault: str = ""  # what is wrong where packed weights do not fit what lies beside them; the tensors are as stored
+    told: Mapping[str, Any] = field(default_factory=dict)  # what the header says of the model, see `identity`
+
+    def require_sound(self) -> None:
+        """Raises a `FluxError` where the weights cannot be unpacked."""
+        if self.fault:
+            raise FluxError(self.fault)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,27 +138,64 @@ def sort_out(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Contents:
-    """Divide the tensors of a file (or of a component's shards) among the parts of a model."""
-    tensors = unpacked_names(t5_names(tensors), files, config or {}, metadata or {})
+    """Divide the tensors of a file (or of a component's shards) among the parts of a model.
+
+    A part whose packed weights do not fit what lies beside them is there too, with its `fault`.
+    """
+    tensors, config, metadata = t5_names(tensors), config or {}, metadata or {}
+    try:
+        tensors, fault = unpacked_names(tensors, files, config, metadata), None
+    except FluxError as error:
+        fault = error
     foreign = foreign_kind(tensors)
     if foreign:
         return Contents({}, tuple(tensors), foreign)
     found = {kind: hit for kind in KINDS if (hit := _locate(kind, tensors))}
-    taken: dict[str, dict[str, LazyTensor]] = {kind: {} for kind in found}
-    leftover = []
-    for name, tensor in tensors.items():
-        homes = [kind for kind, (prefix, _) in found.items() if name.startswith(prefix)]
-        if homes:
-            home = max(homes, key=lambda kind: len(found[kind][0]))
-            taken[home][name.removeprefix(found[home][0])] = tensor
-        else:
-            leftover.append(name)
-    components = {kind: _component(kind, found[kind][1], own, files, config or {}) for kind, own in taken.items()}
+    if fault and not found:
+        raise fault
+    taken, leftover = _divide(tensors, {kind: prefix for kind, (prefix, _) in found.items()})
+    faults = _unpack_each(taken, files, config, metadata) if fault else {}
+    told, components = told_by(metadata), {}
+    for kind, (prefix, layout) in found.items():
+        own = {name.removeprefix(prefix): tensor for name, tensor in taken[kind].items()}
+        part = _component(kind, layout, own, files, {**told.get(kind, {}), **config})
+        components[kind] = replace(part, fault=faults.get(kind, ""), told=told)
     if "clip" in components:  # CLIP's other half, which all-in-one files keep beside the text encoder
         halves = tuple(name for name in leftover if name.endswith(CLIP_SPARE))
         components["clip"] = replace(components["clip"], spare=(*components["clip"].spare, *halves))
         leftover = [name for name in leftover if name not in halves]
     return Contents(components, tuple(leftover))
+
+
+def _divide(
+    tensors: Mapping[str, LazyTensor], prefixes: Mapping[str, str]
+) -> tuple[dict[str, dict[str, LazyTensor]], list[str]]:
+    """The tensors of each part, by the longest prefix that fits a name, and the names that belong to none."""
+    taken: dict[str, dict[str, LazyTensor]] = {kind: {} for kind in prefixes}
+    leftover = []
+    for name, tensor in tensors.items():
+        homes = [kind for kind, prefix in prefixes.items() if name.startswith(prefix)]
+        if homes:
+            taken[max(homes, key=lambda kind: len(prefixes[kind]))][name] = tensor
+        else:
+            leftover.append(name)
+    return taken, leftover
+
+
+def _unpack_each(
+    taken: dict[str, dict[str, LazyTensor]],
+    files: tuple[str, ...],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> dict[str, str]:
+    """Tie weights together part by part, where one fault would hide the others; what is wrong with which part."""
+    faults = {}
+    for kind, own in taken.items():
+        try:
+            taken[kind] = unpacked_names(own, files, config, metadata)
+        except FluxError as error:
+            faults[kind] = str(error)
+    return faults
 
 
 def unpacked_names(

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import FluxError
+from .report import human
 
 log = logging.getLogger("fluxcanvas")
 
+BALANCED = "balanced"  # over all GPUs
 PARTS = ("transformer", "clip", "t5", "vae")
 SPARE = 1.2  # what a part needs besides its weights, to work
 DTYPES = {
@@ -35,20 +37,27 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 Devices = torch.device | str | Mapping[str, torch.device | str] | None
 
 
+def main_device(wish: Devices) -> torch.device:
+    """The device that the transformer is meant for: the model's number type goes by it."""
+    if isinstance(wish, Mapping):
+        wish = wish.get("transformer")
+    return choose_device(None if wish == BALANCED else wish)
+
+
 def place(sizes: Mapping[str, int], wish: Devices) -> dict[str, torch.device]:
-    """The device of each part of a model, of so many bytes: one for all, or named part by part, or `balanced`.
+    """The device of each part of a model, which takes so many bytes: one for all, or named part by part, or `balanced`.
 
     `balanced` gives each part, the largest first, to the CUDA device with the most free memory, and to the CPU what
     fits on none. Parts that a table does not name go where the transformer goes.
     """
-    if wish == "balanced":
+    if wish == BALANCED:
         return _balanced(sizes)
+    main = main_device(wish)
     if not isinstance(wish, Mapping):
-        return dict.fromkeys(sizes, choose_device(wish))
+        return dict.fromkeys(sizes, main)
     odd = [part for part in wish if part not in PARTS]
     if odd:
         raise FluxError(f"{odd[0]!r} is no part of a model: name devices for {', '.join(PARTS)}")
-    main = choose_device(wish.get("transformer"))
     return {part: choose_device(wish[part]) if wish.get(part) else main for part in sizes}
 
 
@@ -65,7 +74,7 @@ def _balanced(sizes: Mapping[str, int]) -> dict[str, torch.device]:
         if fits:
             free[best] -= size
         else:
-            log.warning("the %s (%.1f GB) fits on no CUDA device: it stays on the CPU", part, size * 1e-9)
+            log.warning("the %s (%s) fits on no CUDA device: it stays on the CPU", part, human(size, "B", 1000))
     return places
 
 
@@ -85,9 +94,9 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, paramete
     memory = _memory()
     if memory and parameters * 4 > 0.8 * memory:
         log.warning(
-            "%.0f GB of float32 weights do not fit into %.0f GB of memory: loading as bfloat16",
-            parameters * 4e-9,
-            memory * 1e-9,
+            "%s of float32 weights do not fit into %s of memory: loading as bfloat16",
+            human(parameters * 4, "B", 1000),
+            human(memory, "B", 1000),
         )
         return torch.bfloat16
     return torch.float32

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .gguf_file import GGUFFile
 
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".gguf")
+ABSURD = 1e9  # numbers of configs are far smaller
 MAX_JSON = 64_000_000  # bytes of an index or a config; real ones are below 1 MB
 
 _TORCH_NAMES = {
@@ -225,6 +226,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FluxError(f"{path} is not a JSON object; download it again")
     return value
+
+
+def number_in(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A number that a config names; the default for none, and for 0, NaN and what is larger than any model's."""
+    value = config.get(name)
+    return value if isinstance(value, (int, float)) and 0 < abs(value) < ABSURD else default
 
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a component's weights

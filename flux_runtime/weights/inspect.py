@@ -63,13 +63,13 @@ def _report(sources: Sources) -> Report:
 
 def _part(component: Component) -> PartReport:
     """A component that cannot be loaded is described too: why is the note."""
-    if component.unreadable:
-        plain = build.Fit(tuple(component.tensors), (), component.unknown, ())
+    plain = build.Fit(tuple(component.tensors), (), component.unknown, ())
+    if component.unreadable and not component.fault:
         return build.describe(component, plain, f"stored as {component.unreadable}, which is not read here")
     try:
         fit = build.compare(component, build.skeleton(component))
     except FluxError as error:
-        return build.describe(component, build.Fit(tuple(component.tensors), (), component.unknown, ()), str(error))
+        return build.describe(component, plain, str(error))
     packed = Counter(stored.packing.title for t in component.tensors.values() for stored in t.sources if stored.packing)
     note = ", ".join(f"{count} tensors as {title}" for title, count in packed.most_common())
     return build.describe(component, fit, f"wrong shapes: {listed(fit.misshapen)}" if fit.misshapen else note)
@@ -80,7 +80,7 @@ def _variant(sources: Sources) -> str:
     if component is None:
         return ""
     try:
-        return recognise(shapes.transformer_params(component), sources.hint).name
+        return recognise(shapes.transformer_params(component), sources.variant_hint).name
     except FluxError:
         return ""
 
@@ -109,9 +109,12 @@ def _remote(repo: str, file: str) -> Sources:
 
 def _remote_component(repo: str, folder: str, names: list[str], listing: hub.Listing) -> Contents:
     tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
     for name in names:
-        tensors.update(hub.remote_tensors(repo, name)[0])
+        own, told = hub.remote_tensors(repo, name)
+        tensors.update(own)
+        metadata.update(told)
     config: Mapping[str, Any] = {}
     if f"{folder}config.json" in listing.sizes:
         config = read_json(hub.remote_json(repo, f"{folder}config.json"))
-    return sort_out(tensors, tuple(f"{repo}/{name}" for name in names), config)
+    return sort_out(tensors, tuple(f"{repo}/{name}" for name in names), config, metadata)

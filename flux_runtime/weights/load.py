@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,17 +15,19 @@ from torch import nn
 from ..errors import FluxError
 from ..flux import Flux, FluxModel
 from ..quant.packed import Packed
+from ..quant.schemes import scheme as scheme_of
 from ..quant.swap import Quantiser
 from ..schedule import Schedule
 from ..text.encoders import TextEncoders
 from ..text.tokenize import load_tokenizer
 from ..vae import LatentFormat, Vae
-from ..variants import VARIANTS, FluxParams, Variant, recognise
+from ..variants import FluxParams, Variant
 from . import build, shapes
 from .contents import KINDS, Component
-from .devices import Devices, choose_dtype, place
+from .devices import Devices, choose_dtype, main_device, place
 from .files import stored_bytes
 from .hub import Progress
+from .identity import choose_schedule, choose_variant
 from .report import Report, listed
 from .sources import LABELS, Sources, complete, open_component, open_source, what_it_is
 
@@ -72,6 +74,7 @@ def load_flux(
         raise FluxError(
             f"{sources.name} is no FLUX.1 model: {what_it_is(sources)}; choose a FLUX.1 transformer or a whole model"
         )
+    sources.components["transformer"].require_sound()
     params = shapes.transformer_params(sources.components["transformer"])
     return _load(complete(sources, _fitting(params), search), wishes)
 
@@ -127,11 +130,12 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
         build.refuse_unfit(components[kind], fit)
     params = skeletons["transformer"].params
     _check_together(params, components)
-    chosen = choose_variant(params, wishes.variant, sources.hint)
+    chosen = choose_variant(params, wishes.variant, sources.variant_hint)
     text_parts = _tokenizers(components, wishes.tokenizers, sources.folders, wishes.search)
     schemes = _schemes(wishes.quantize, components)
-    places = place({kind: stored_bytes(components[kind].tensors) for kind in skeletons}, wishes.device)
-    dtype = choose_dtype(wishes.dtype, places["transformer"], _plain_numbers(components, schemes))
+    dtype = choose_dtype(wishes.dtype, main_device(wishes.device), _plain_numbers(components, schemes))
+    sizes = {kind: _held_bytes(components[kind], schemes.get(kind), dtype) for kind in skeletons}
+    places = place(sizes, wishes.device)
     packers = {part: Quantiser(name, places[part], dtype) for part, name in schemes.items()}
     modules = _fill_all(components, skeletons, places, dtype, packers, wishes.progress)
     report = Report(
@@ -141,7 +145,7 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
         _notes(sources),
     )
     _warn_unused(report, sources)
-    return _assemble(modules, text_parts, chosen, choose_schedule(chosen, sources.scheduler), report)
+    return _assemble(modules, text_parts, chosen, choose_schedule(chosen, sources.schedule), report)
 
 
 def _schemes(quantize: str | Mapping[str, str] | None, components: Mapping[str, Component]) -> dict[str, str]:
@@ -153,6 +157,14 @@ def _schemes(quantize: str | Mapping[str, str] | None, components: Mapping[str, 
     if odd:
         raise FluxError(f"{odd[0]!r} is no part of a model: name schemes for {', '.join(KINDS)}")
     return {part: name for part, name in table.items() if part in components and name}
+
+
+def _held_bytes(component: Component, scheme: str | None, dtype: torch.dtype) -> int:
+    """What a part takes once it is loaded; weights that its file has packed stay packed."""
+    bits = scheme_of(scheme).bits if scheme else 8 * dtype.itemsize
+    tensors = component.tensors.values()
+    packed = sum(stored.nbytes for t in tensors if t.packed for stored in t.sources)
+    return packed + int(sum(math.prod(t.shape) for t in tensors if not t.packed) * bits / 8)
 
 
 def _plain_numbers(components: Mapping[str, Component], schemes: Mapping[str, str]) -> int:
@@ -195,37 +207,6 @@ def _check_together(params: FluxParams, components: Mapping[str, Component]) -> 
                 f"{shapes.where(components[kind])}: this {LABELS[kind]} does not go with the transformer, "
                 f"which needs one of {needs} channels; name the one of the same model"
             )
-
-
-def choose_variant(params: FluxParams, name: str | None, hint: str) -> Variant:
-    """The variant named, checked against the shapes; else the one that shapes and hint tell."""
-    if not name:
-        return recognise(params, hint)
-    if name not in VARIANTS:
-        raise FluxError(f"there is no FLUX.1 variant {name!r}; use one of {', '.join(VARIANTS)}")
-    chosen = VARIANTS[name]
-    if (chosen.in_channels, chosen.guidance_embed) != (params.in_channels, params.guidance_embed):
-        raise FluxError(
-            f"this transformer is not FLUX.1 {name}: by its shapes it is {recognise(params, hint).name}; "
-            "leave the variant empty"
-        )
-    return chosen
-
-
-def choose_schedule(variant: Variant, config: Mapping[str, object] | None) -> Schedule:
-    """The schedule of a scheduler_config.json, else that of the variant."""
-    base = Schedule(dynamic=variant.dynamic_shift, shift=3.0 if variant.dynamic_shift else 1.0)
-    if not config:
-        return base
-    names = {
-        "shift": "shift", "base_shift": "base_shift", "max_shift": "max_shift",
-        "base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens",
-    }  # fmt: skip
-    told = {
-        ours: value for theirs, ours in names.items()
-        if isinstance(value := config.get(theirs), (int, float)) and math.isfinite(value) and value > 0
-    }  # fmt: skip
-    return replace(base, dynamic=bool(config.get("use_dynamic_shifting", base.dynamic)), **told)
 
 
 def _tokenizers(

@@ -6,14 +6,14 @@ Counts come from the names that are there, so neither a lying config nor an absu
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import FluxError
 from ..model.vae import VaeParams
 from ..variants import FluxParams, params_from_shapes
 from .contents import Component
+from .files import number_in
 
 log = logging.getLogger("fluxcanvas")
 
@@ -100,15 +100,10 @@ def vae_params(component: Component) -> VaeParams:
         z_channels=shape_of(component, "decoder.conv_in.weight", 4)[1],
         in_channels=component.tensors["encoder.conv_in.weight"].shape[1],
         groups=groups,
-        scale=_number(config, "scaling_factor", VaeParams.scale),
-        shift=_number(config, "shift_factor", VaeParams.shift),
-        sample_size=int(_number(config, "sample_size", VaeParams.sample_size)),
+        scale=number_in(config, "scaling_factor", VaeParams.scale),
+        shift=number_in(config, "shift_factor", VaeParams.shift),
+        sample_size=int(number_in(config, "sample_size", VaeParams.sample_size)),
     )
-
-
-def _number(config: Mapping[str, Any], name: str, default: float) -> float:
-    value = config.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) and value else default
 
 
 def clip_config(component: Component) -> dict[str, Any]:

@@ -34,6 +34,21 @@ class Sources:
     foreign: str = ""
     absent: tuple[str, ...] = field(default=())  # parts that a diffusers folder says it does not have
 
+    @property
+    def variant_hint(self) -> str:
+        """What may tell variants of equal shape apart: the transformer's own header, else a name."""
+        return self._told.get("variant") or self.hint
+
+    @property
+    def schedule(self) -> Mapping[str, Any] | None:
+        """The scheduler's config: of its file, else of the transformer's own header."""
+        return self.scheduler or self._told.get("scheduler")
+
+    @property
+    def _told(self) -> Mapping[str, Any]:
+        transformer = self.components.get("transformer")
+        return transformer.told if transformer else {}
+
 
 def open_source(source: str | Path, progress: hub.Progress | None = None) -> Sources:
     """Find the parts behind `demo`, a folder, a file or a repository id; a repository is downloaded."""
@@ -196,7 +211,11 @@ def _components_in(beside: Sequence[Path], below: Sequence[Path]) -> Iterator[Co
         except FluxError as error:
             log.info("passed over: %s", error)
             continue
-        yield from contents.components.values()
+        for component in contents.components.values():
+            if component.fault:
+                log.info("passed over: %s", component.fault)
+            else:
+                yield component
 
 
 def weight_paths(beside: Sequence[Path], below: Sequence[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fluxcanvas.flux_runtime import FluxError, inspect
+from fluxcanvas.flux_runtime import FluxError, inspect, load_flux, load_parts
 from fluxcanvas.flux_runtime.weights import hub
 from fluxcanvas.flux_runtime.weights.files import TensorFile
 
@@ -117,6 +117,48 @@ def test_packed_files_are_described(weights, tmp_path):
     (tmp_path / "q.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(FluxError, match="GGUF"):
         inspect(tmp_path / "q.gguf")
+
+
+def test_a_fault_of_one_part_is_told_with_all_the_rest(weights, tmp_path):
+    """The loader refuses what info describes: here a scale of T5 is lost, and the transformer is as it should be."""
+    encoder = "text_encoders.{}.transformer.".format
+    prefixes = {"transformer": "model.diffusion_model.", "clip": encoder("clip_l"), "t5": encoder("t5xxl")}
+    tensors = {}
+    for kind, prefix in prefixes.items():
+        for name, tensor in weights(kind).items():
+            linear = name.endswith(("_attn.qkv.weight", "SelfAttention.q.weight"))
+            tensors[prefix + name] = tensor.to(torch.float8_e4m3fn) if linear else tensor
+            if linear:
+                tensors[prefix + name.replace(".weight", ".scale_weight")] = torch.ones(())
+    lost = "text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.q"
+    del tensors[f"{lost}.scale_weight"]
+    path = tmp_path / "all.safetensors"
+    save_file(tensors, path)
+    report = inspect(path)
+    assert report.variant == "dev" and "4 tensors as scaled fp8" in report.part("transformer").note
+    assert report.part("t5").note.startswith(f"{path}: 1 fp8 weights lack the scale")
+    assert lost in report.text() and report.part("t5").parameters > 10_000
+    with pytest.raises(FluxError, match="1 fp8 weights lack the scale"):
+        load_parts(transformer=path, clip=path, t5=path, vae=None)
+
+
+def test_a_fault_of_the_only_part_is_told_and_not_loaded(weights, tmp_path):
+    path = tmp_path / "flux1-schnell.safetensors"
+    save_file(weights("transformer", guidance_embed=False) | {"img_in.SCB": torch.ones(3)}, path)
+    report = inspect(path)
+    assert report.variant == "schnell" and "img_in.SCB [3] does not fit img_in.weight" in report.parts[0].note
+    for load in (load_flux, lambda source: load_parts(transformer=source, clip=None, t5=None, vae=None)):
+        with pytest.raises(FluxError, match=r"flux1-schnell.safetensors: img_in.SCB \[3\] does not fit"):
+            load(path)
+
+
+def test_a_fault_of_a_file_in_the_model_folders_is_no_obstacle(parts, tokenizers):
+    """It is passed over like any file there that cannot be read."""
+    tensors = {name: tensor.read().clone() for name, tensor in TensorFile(parts["t5"]).tensors().items()}
+    save_file(tensors | {"shared.SCB": torch.ones(3)}, parts["t5"].with_name("a-broken-t5.safetensors"))
+    folders = [parts["transformer"].parents[1]]
+    flux = load_flux(parts["transformer"], search=folders, tokenizers=tokenizers, device="cpu")
+    assert flux.report.part("t5").files == (str(parts["t5"]),)
 
 
 def test_refusals(tmp_path):

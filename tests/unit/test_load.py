@@ -15,7 +15,7 @@ from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
 from fluxcanvas.flux_runtime.variants import VARIANTS
 from fluxcanvas.flux_runtime.weights.devices import choose_dtype
 from fluxcanvas.flux_runtime.weights.files import TensorFile
-from fluxcanvas.flux_runtime.weights.load import choose_schedule
+from fluxcanvas.flux_runtime.weights.identity import choose_schedule
 
 ALL_IN_ONE = {
     "transformer": "model.diffusion_model.",
@@ -251,9 +251,12 @@ class TestVariants:
 
     def test_schedule(self):
         assert choose_schedule(VARIANTS["schnell"], None).shift == 1.0
-        config = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_image_seq_len": 8192, "shift": float("nan")}
-        schedule = choose_schedule(VARIANTS["dev"], config)
-        assert (schedule.dynamic, schedule.base_shift, schedule.max_tokens, schedule.shift) == (True, 0.4, 8192, 3.0)
+        for nonsense in (float("nan"), -1, 10**400, "3", None):
+            config = {
+                "use_dynamic_shifting": True, "base_shift": 0.4, "max_image_seq_len": 8192, "shift": nonsense
+            }  # fmt: skip
+            schedule = choose_schedule(VARIANTS["dev"], config)
+            assert (schedule.base_shift, schedule.max_tokens, schedule.shift) == (0.4, 8192, 3.0) and schedule.dynamic
 
 
 class TestReport:
