@@ -2,6 +2,7 @@
 
 import errno
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.quant import write
 from fluxcanvas.flux_runtime.quant.fp8 import Fp8
 from fluxcanvas.flux_runtime.quant.gguf import Gguf
-from fluxcanvas.flux_runtime.quant.packed import Packed, PackedLinear
+from fluxcanvas.flux_runtime.quant.packed import PackedLinear
 from fluxcanvas.flux_runtime.quant.save import HEADER, MARKER, packings_from, save_module
 from fluxcanvas.flux_runtime.quant.schemes import SCHEMES
 from fluxcanvas.flux_runtime.quant.swap import quantise
@@ -56,29 +57,14 @@ def read(path, dtype=torch.bfloat16):
     return build.fill(component, module, torch.device("cpu"), dtype)
 
 
-def bits(module):
-    """All that a module holds: by name the bytes, and of packed weights the scheme."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    held = {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8)) for name, t in tensors.items()}
-    return held, {name: m.scheme for name, m in module.named_modules() if isinstance(m, Packed)}
-
-
-def same(a, b):
-    (left, schemes), (right, others) = bits(a), bits(b)
-    assert schemes == others and left.keys() == right.keys()
-    for name, (dtype, shape, data) in left.items():
-        assert (dtype, shape) == right[name][:2], name
-        assert torch.equal(data, right[name][2]), name
-
-
 class TestThereAndBack:
-    def test_plain(self, transformer, path):
+    def test_plain(self, transformer, path, same):
         size = save_module(transformer, path)
         assert path.stat().st_size == size
         same(read(path), transformer)
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_every_scheme(self, name, transformer, path):
+    def test_every_scheme(self, name, transformer, path, same):
         made, _ = quantise(transformer, name)
         save_module(made, path)
         same(read(path), made)
@@ -89,7 +75,7 @@ class TestThereAndBack:
         save_module(read(path), tmp_path / "again.safetensors")
         assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
-    def test_gguf_and_layers_of_several_pieces(self, transformer, path):
+    def test_gguf_and_layers_of_several_pieces(self, transformer, path, same):
         block = transformer.double_blocks[0]
         block.img_attn.qkv = PackedLinear([gguf(64, seed=i) for i in range(3)], block.img_attn.qkv.bias)
         ones = [torch.ones(rows, 64).to(torch.float8_e4m3fn) for rows in (100, 92)]
@@ -100,23 +86,24 @@ class TestThereAndBack:
         same(read(path), transformer)
         assert f"{QKV}.packs.2.weight" in TensorFile(path).header.entries
 
-    def test_through_the_loader(self, transformer, path):
+    def test_through_the_loader(self, transformer, path, same):
         made, _ = quantise(transformer, "fp8")
         save_module(made, path)
         same(load_parts(transformer=path, clip=None, t5=None, vae=None, dtype="bfloat16").transformer, made)
 
-    def test_a_text_encoder(self, parts, path, tokenizers):
-        t5 = load_parts(**parts, tokenizers=tokenizers, device="cpu").text.t5
-        made, _ = quantise(t5, "quanto-int4")
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_text_encoder(self, name, parts, path, tokenizers, same):
+        load = partial(load_parts, tokenizers=tokenizers, device="cpu", dtype="float32")
+        made, _ = quantise(load(**parts).text.t5, name)
         save_module(made, path)
-        file = TensorFile(path)
-        assert "encoder.embed_tokens.weight" not in file.header.entries
-        component = sort_out(packings_from(file.tensors(), file.header.metadata), (str(path),)).components["t5"]
-        again = build.fill(component, build.skeleton(component), torch.device("cpu"), torch.float32)
+        assert "encoder.embed_tokens.weight" not in TensorFile(path).header.entries
+        flux = load(**{**parts, "t5": path})
+        same(flux.text.t5, made)
+        assert not flux.report.part("t5").unused
         ids = torch.tensor([[5, 6, 7, 1]])
-        assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
+        assert torch.equal(flux.text.t5(ids).last_hidden_state, made(ids).last_hidden_state)
 
-    def test_over_the_file_it_is_mapped_from(self, transformer, path):
+    def test_over_the_file_it_is_mapped_from(self, transformer, path, same):
         save_module(transformer, path)
         loaded = read(path)
         save_module(loaded, path, overwrite=True)
@@ -159,7 +146,7 @@ class TestForOtherPrograms:
         assert MARKER not in TensorFile(path).header.entries
 
     @pytest.mark.parametrize("name", ["fp8", "bnb-int8", "bnb-nf4"])
-    def test_files_are_read_without_our_header_too(self, name, transformer, path):
+    def test_files_are_read_without_our_header_too(self, name, transformer, path, same):
         made, _ = quantise(transformer, name)
         save_module(made, path)
         component = sort_out(TensorFile(path).tensors(), (str(path),)).components["transformer"]
