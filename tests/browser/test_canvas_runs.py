@@ -132,6 +132,54 @@ def test_an_error_during_a_run_is_told_in_its_own_words(canvas, server):
     toast.wait_for(state="detached")
 
 
+# Adds a node to the graph and connects it as [from, to]; null stands for itself.
+ADD = """([type, ends]) => {
+  const added = LiteGraph.createNode(type);
+  app.graph.add(added);
+  const [from, to] = ends.map(title => app.graph._nodes.find(n => n.title === title) ?? added);
+  from.connect(0, to, "model");
+}"""
+# What our extension keeps on a node: its text, whether all of it is seen, and whether the canvas's own line is gone.
+KEPT = """find => {
+  const node = eval(find), kept = node?.widgets?.find(w => w.name === "$$fluxcanvas-note")?.element;
+  return kept?.clientHeight && {
+    text: kept.textContent, whole: kept.scrollHeight <= kept.clientHeight + 1,
+    once: !node.widgets.some(w => w.name === "$$node-text-preview"),
+  };
+}"""
+
+
+def test_what_a_node_told_stays_on_it_whole_and_is_there_again_on_a_new_page(new_canvas):
+    first = new_canvas().open_template()
+    first.put("Sample", "control_after_generate", "fixed")
+    first.page.evaluate(ADD, ["FluxCanvas_ModelReport", ["Load FLUX", None]])
+    first.run()
+    find = "app.graph._nodes.find(n => n.title === 'Model Report')"
+    told = first.wait(KEPT, find)
+    assert told["whole"] and told["once"] and "transformer:" in told["text"] and "FLUX.1 dev" in told["text"]
+
+    second = new_canvas().open_template()
+    second.load(first.graph(), "again")
+    second.run()
+    assert second.wait(KEPT, find) == told
+
+
+def test_a_node_in_a_subgraph_keeps_what_it_told(canvas):
+    canvas.open_template("subgraph")
+    canvas.run()
+    inside = "app.graph._nodes.flatMap(n => n.subgraph?._nodes ?? []).flatMap(n => n.widgets ?? [])"
+    canvas.wait(f"{inside}.some(w => w.name === '$$fluxcanvas-note' && w.element.textContent.includes('seed'))")
+
+
+def test_an_empty_list_of_files_is_told_as_such(canvas):
+    canvas.open_template()
+    canvas.page.evaluate(ADD, ["FluxCanvas_LoadFluxParts", [None, "Sample"]])
+    canvas.press_run()
+    said = "No file to choose for transformer, clip, t5, vae"
+    canvas.page.get_by_test_id("toast").filter(has_text=said).wait_for()
+    canvas.expect(*REFUSED)
+
+
 def further_steps(story, node):
     """How many steps a node did after the server had answered that it will stop."""
     answered = story.index({"type": "answer", "detail": "/api/interrupt"})

@@ -9,6 +9,7 @@ import weakref
 import pytest
 
 from fluxcanvas.flux_runtime.errors import FluxError
+from fluxcanvas.nodes import host
 from fluxcanvas.web.host.executor import Executor
 
 NEVER_SAME = float("nan")
@@ -22,6 +23,20 @@ def test_a_second_run_executes_nothing_and_shows_the_same(bench, chain, toys):
     assert set(bench.events.of("execution_cached")[0]["nodes"]) == {"1", "2", "3"}
     assert bench.events.of("executed")[0]["output"] == {"values": [5]}
     assert result.outputs == {"3": {"values": [5]}} and result.meta["3"]["node_id"] == "3"
+
+
+def test_what_a_cached_node_told_is_told_again(bench, toys, prompt, embedded):
+    def report():
+        host.current().text("opening")
+        host.current().text("three layers")
+        return {"ui": {}}
+
+    toys.add_output("Report", report, {})
+    prompt.add("Report", "1")
+    bench.run(prompt)
+    bench.run(prompt)
+    assert toys.calls == []
+    assert [told["text"] for told in bench.events.of("text")] == ["three layers"]
 
 
 def test_cached_outputs_are_in_the_result_even_without_a_client(bench, chain):

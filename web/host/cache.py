@@ -20,10 +20,11 @@ Changed = Callable[[str, NodeSpec], Awaitable[Any]]  # asks a node's IS_CHANGED
 
 @dataclass(frozen=True)
 class Entry:
-    """What a node gave: a list of values for each slot, and what it showed."""
+    """What a node gave: a list of values for each slot, what it showed, and the last line that it told."""
 
     outputs: Outputs
     ui: dict[str, Any] | None = None
+    text: str | None = None
 
 
 class Cache(Protocol):

@@ -88,7 +88,11 @@ class PromptRun:
         order, _ = walk(roots, lambda node_id: [source for _, source, _ in links(prompt[node_id]) if source in prompt])
         await self._signatures.add(order)
         self._cache.begin(signature for signature in map(self._signatures.__getitem__, order) if signature)
-        self._reporter.cached(node_id for node_id in order if self._cache.get(self._signatures[node_id]))
+        kept = {node_id: entry for node_id in order if (entry := self._cache.get(self._signatures[node_id]))}
+        self._reporter.cached(kept)
+        for node_id, entry in kept.items():
+            if entry.text is not None:  # a page loaded since then has not seen it
+                self._reporter.text(node_id, entry.text)
 
     def _is_output(self, node_id: str) -> bool:
         node_class = self._specs.nodes.get(self._graph.get_node(node_id)["class_type"])
@@ -287,7 +291,7 @@ class PromptRun:
         """Keep a node's result, which is final now, and let its dependants run."""
         spec = self._spec(node_id)
         outputs = join([self._outputs(call, spec) for call in expansion.calls], slots=len(spec.returns))
-        entry = Entry(outputs, expansion.ui)
+        entry = Entry(outputs, expansion.ui, self._reporter.texts.get(node_id))
         self._results[node_id] = entry
         self._cache.put(self._signatures[node_id], entry, self._signatures[self._graph.get_real_node_id(node_id)])
         self._reporter.node_finished(node_id)

@@ -24,6 +24,7 @@ class Reporter:
         self.executed: list[str] = []  # nodes that ran, in order
         self.outputs: dict[str, dict[str, Any]] = {}  # node id to what it shows
         self.meta: dict[str, dict[str, Any]] = {}
+        self.texts: dict[str, str] = {}  # node id to the last line that it told
         self._events = events
         self._client = client_id
         self._graph = graph
@@ -79,6 +80,7 @@ class Reporter:
 
     def text(self, node_id: str, text: str) -> None:
         """A node has a line to show."""
+        self.texts[node_id] = text
         if self._client is not None:
             self._events.send_text(text, node_id, self.prompt_id, self._client)
 

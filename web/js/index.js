@@ -1,5 +1,5 @@
 // The canvas extension: colours that tell roles, what a node last said kept on it, errors in their own words, a menu entry
-// that opens the starter, and a badge in About. It adds nothing that is saved and reorders nothing, so workflows read the same without it.
+// that opens the starter, and a badge in About. It saves nothing but colours and reorders nothing, so workflows read the same without it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -8,9 +8,14 @@ const PACK = new URL(import.meta.url).pathname.split("/").slice(-2)[0];
 const STARTER = "text-to-image";
 const PREFIX = "FluxCanvas_";
 const NOTE = "$$fluxcanvas-note";
+const LIVE_TEXT = "$$node-text-preview"; // the canvas's own line; it stays when a run ends before its request is answered
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
+const NOTE_STYLE = "font-size:11px; line-height:1.35; opacity:0.75; white-space:pre-wrap; overflow-wrap:anywhere;";
+const NOTE_WIDTH = 270; // of a node with a note, at least
+const NOTE_HEIGHT = 400; // at most; a longer one scrolls
 const NODE_COLOURS = {
   "FluxCanvas/loaders": ["#2f3b52", "#232c3d"],
+  "FluxCanvas/model": ["#3a3358", "#2b2642"],
   "FluxCanvas/conditioning": ["#2f4a3c", "#23382d"],
   "FluxCanvas/latent": ["#4a3a2f", "#382c23"],
   "FluxCanvas/sampling": ["#4a2f47", "#382335"],
@@ -20,6 +25,9 @@ const LINK_COLOURS = {
   FLUX_TEXT: "#ead15c",
   FLUX_VAE: "#ef7f7a",
   FLUX_CONDITIONING: "#f2ab58",
+  FLUX_LORA: "#6fc3d8",
+  FLUX_CONTROLNET: "#7fd6a2",
+  FLUX_ADAPTER: "#d993c8",
 };
 
 const said = new Map(); // node id -> its last line in the present run; the canvas itself forgets it when the run ends
@@ -31,20 +39,50 @@ function isOurs(node) {
 // A read-only text below a node's widgets. It is never saved, and it is always the last.
 function noteOf(node) {
   const present = node.widgets?.find((widget) => widget.name === NOTE);
-  if (present) return present.element;
+  if (present) return present;
   const element = document.createElement("div");
-  element.style.cssText = "font-size:11px; line-height:1.35; opacity:0.75; overflow:auto; white-space:pre-wrap;";
-  const getMinHeight = () => 18 * element.textContent.split("\n").length + 8;
-  node.addDOMWidget(NOTE, "note", element, { serialize: false, getMinHeight }).serialize = false;
-  return element;
+  element.style.cssText = `${NOTE_STYLE} overflow:auto;`;
+  const note = node.addDOMWidget(NOTE, "note", element, { serialize: false, getMinHeight: () => note.needs });
+  note.serialize = false;
+  return note;
+}
+
+// How high a text is when it is wrapped to a width. The widget cannot tell: it may not be on the page yet.
+function heightOf(text, width) {
+  const probe = document.createElement("div");
+  probe.style.cssText = `${NOTE_STYLE} position:fixed; visibility:hidden; width:${width}px;`;
+  probe.textContent = text;
+  document.body.append(probe);
+  const height = probe.offsetHeight;
+  probe.remove();
+  return height;
+}
+
+function showNote(node, text) {
+  const live = node.widgets?.find((widget) => widget.name === LIVE_TEXT);
+  if (live) node.removeWidget(live);
+  const width = Math.max(node.size[0], NOTE_WIDTH);
+  const note = noteOf(node);
+  note.element.textContent = text;
+  note.needs = Math.min(heightOf(text, width - 30), NOTE_HEIGHT) + 8;
+  node.setSize([width, Math.max(node.size[1], node.computeSize()[1])]);
+}
+
+// A node in a subgraph is named by the way to it: "12:5".
+function nodeAt(path) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const id of path.split(":")) {
+    node = graph?.getNodeById(id);
+    graph = node?.subgraph;
+  }
+  return node;
 }
 
 function keepNotes() {
-  for (const [id, text] of said) {
-    const node = app.graph.getNodeById(id);
-    if (!isOurs(node)) continue;
-    noteOf(node).textContent = text;
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  for (const [path, text] of said) {
+    const node = nodeAt(path);
+    if (isOurs(node)) showNote(node, text);
   }
   said.clear();
 }
@@ -65,12 +103,25 @@ function tellError({ node_id: id, node_type: type, exception_type: error, except
   tell(type, message);
 }
 
-// What our nodes refuse, once each: ComfyUI repeats a refusal for every input that was judged, as "input - refusal".
+function offersNothing(type, input) {
+  const [choices, options] = LiteGraph.registered_node_types[type]?.nodeData?.input?.required?.[input] ?? [];
+  return (Array.isArray(choices) ? choices : options?.options)?.length === 0;
+}
+
+// What the canvas leaves out: the words of a node that refuses an input, once each (ComfyUI repeats them for every input,
+// as "input - words"), and that a list is empty, which it takes for a missing connection.
+function refusals(type, errors) {
+  const refused = errors.filter((error) => error.type === "custom_validation_failed");
+  const words = new Set(refused.map(({ details }) => details.split(" - ").slice(1).join(" - ")));
+  const missing = errors.filter((error) => error.type === "required_input_missing");
+  const empty = missing.map((error) => error.extra_info.input_name).filter((input) => offersNothing(type, input));
+  if (empty.length) words.add(`No file to choose for ${empty.join(", ")}: the node's help names the folder. Then press R.`);
+  return [...words].filter(Boolean);
+}
+
 function tellRefusals(nodes) {
   for (const { class_type: type, errors } of Object.values(nodes ?? {})) {
-    const refusals = errors.filter((error) => error.type === "custom_validation_failed");
-    const words = new Set(refusals.map(({ details }) => details.split(" - ").slice(1).join(" - ")));
-    for (const detail of words) if (detail && type.startsWith(PREFIX)) tell(type, detail);
+    if (type.startsWith(PREFIX)) for (const detail of refusals(type, errors)) tell(type, detail);
   }
 }
 
