@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fluxcanvas.web.host.core_nodes import DISPLAY_NAMES
+
 GETS = [
     "/prompt",
     "/queue",
@@ -109,6 +111,12 @@ def test_help_pages_are_markdown(server):
     reply = server.get("/extensions/fluxcanvas/docs/FluxCanvas_Sample/en.md")
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/markdown")
     assert server.get("/extensions/fluxcanvas/docs/FluxCanvas_Sample/xx.md").status == 404
+
+
+def test_the_core_nodes_have_help_where_the_canvas_asks_for_it(server):
+    for node_id in DISPLAY_NAMES:
+        reply = server.get(f"/docs/{node_id}/en.md")
+        assert reply.status == 200 and reply.headers["content-type"].startswith("text/markdown")
 
 
 def test_the_page_is_fresh_and_its_assets_are_kept(server):
