@@ -135,10 +135,10 @@ def test_uploads_stay_in_their_folder(server, png, fields):
 def test_malformed_uploads(server):
     assert server.post("/upload/image", {"image": "x"}).status == 400
     assert server.request("POST", "/upload/image", b"x", Content_Type="multipart/form-data").status == 400
-    assert (
-        server.request("POST", "/upload/image", b"--b\r\n", Content_Type="multipart/form-data; boundary=b").status
-        == 400
-    )
+    odd_name = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a\0.png"\r\n\r\nx\r\n--b--\r\n'
+    for form in (b"--b\r\n", odd_name):
+        reply = server.request("POST", "/upload/image", form, Content_Type="multipart/form-data; boundary=b")
+        assert reply.status == 400 and "malformed" in reply.json()["error"]
     assert server.upload("/upload/mask", "m.png", b"x").status == 400
     assert server.get("/prompt").status == 200
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from PIL.PngImagePlugin import PngInfo
 
 from ..context import Context, context
@@ -27,8 +28,8 @@ async def _form(request: web.Request) -> tuple[web.FileField, Mapping[str, Any]]
         raise BadRequest("An upload must be a multipart form with the picture in its field 'image'.")
     try:
         form = await request.post()
-    except (ValueError, AssertionError) as error:  # what aiohttp raises for a malformed form
-        raise BadRequest(f"The upload's form is malformed: {str(error)[:100]}.") from error
+    except (ValueError, AssertionError, HttpProcessingError) as error:  # what aiohttp raises for a malformed form
+        raise BadRequest(f"The upload's form is malformed: {getattr(error, 'message', error)!s:.100}.") from error
     image = form.get("image")
     if not isinstance(image, web.FileField) or not image.filename:
         raise BadRequest("The upload has no picture in its field 'image'.")
