@@ -86,13 +86,10 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents -> (B, H, W, 3) float32 in 0..1, on the CPU; one picture after the other, which spares memory."""
-        if latents.ndim != 4 or latents.shape[1] != self.params.z_channels:
+        """Raw latents -> (B, H, W, 3) float32 in 0..1, on the CPU."""
+        if latents.ndim != 4 or latents.shape[1] != self.params.z_channels or not latents.numel():
             want = f"(batch, {self.params.z_channels}, height, width)"
             raise FluxError(f"this VAE decodes latents of shape {want}; got {tuple(latents.shape)}")
-        return torch.cat([self._picture(one) for one in latents.split(1)])
-
-    def _picture(self, latents: Tensor) -> Tensor:
         pixels = self.model.decode(latents.to(self.device, self.dtype))
         check_finite(pixels, "the VAE")
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AT_ONCE = 1024**2  # pixels; the activations of the last layers take 1 GB for them in bfloat16
+
 
 @dataclass(frozen=True)
 class VaeParams:
@@ -165,7 +167,8 @@ class AutoEncoder(nn.Module):
 
     def encode(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """The mean of the latent distribution, or a sample of it where a generator is given (one, or one a picture)."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        parts = [self.encoder(part) for part in in_parts(images, 1)]
+        mean, log_variance = torch.cat(parts).chunk(2, dim=1)
         if generator is None:
             return mean
         deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
@@ -173,7 +176,13 @@ class AutoEncoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unclamped pictures of raw latents."""
-        return self.decoder(latents)
+        return torch.cat([self.decoder(part) for part in in_parts(latents, self.params.factor)])
+
+
+def in_parts(batch: Tensor, factor: int) -> tuple[Tensor, ...]:
+    """A batch of pictures, `factor` pixels to a point, as many at a time as memory is sure to hold."""
+    pixels = batch.shape[-2] * batch.shape[-1] * factor**2
+    return batch.split(max(1, AT_ONCE // pixels))
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator]) -> Tensor:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fluxcanvas.flux_runtime.model import vae
+
 EXACT = 1e-5
 
 
@@ -11,8 +13,8 @@ def pictures() -> torch.Tensor:
     return torch.rand(2, 48, 80, 3, generator=torch.Generator().manual_seed(4))
 
 
-def distribution(vae, pictures):
-    return vae.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latent_dist
+def distribution(theirs, pictures):
+    return theirs.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latent_dist
 
 
 @torch.no_grad()
@@ -28,6 +30,16 @@ def test_a_sample_draws_the_same_numbers(pair, relative, pictures, dtype):
     theirs = distribution(pipe.vae, pictures.to(dtype)).sample(torch.Generator().manual_seed(1))
     mine = flux.vae.encode(pictures, torch.Generator().manual_seed(1))
     assert relative(mine, theirs) < (EXACT if dtype == torch.float32 else 0.02)
+
+
+def test_variances_out_of_all_reason_are_bounded_as_the_oracles_are(pair, pictures, monkeypatch):
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    _, flux = pair()
+    moments = torch.cat([torch.ones(1, 16, 2, 2), torch.linspace(-90, 90, 64).reshape(1, 16, 2, 2)], dim=1)
+    monkeypatch.setattr(flux.vae.model.encoder, "forward", lambda images: moments)
+    theirs = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(1))
+    assert torch.equal(flux.vae.encode(pictures[:1], torch.Generator().manual_seed(1)), theirs)
 
 
 @torch.no_grad()
@@ -54,10 +66,17 @@ def test_the_latent_format_is_the_checkpoints(pair):
     assert latent.channels == 16
 
 
-def test_several_pictures_are_decoded_one_after_the_other(pair, monkeypatch):
-    """The decoder's activations are the largest tensors of a run: a batch must not multiply them."""
+@torch.no_grad()
+def test_a_batch_is_taken_a_megapixel_at_a_time(pair, relative, pictures, monkeypatch):
+    """Activations are the largest tensors of a run: many large pictures must not multiply them."""
     _, flux = pair()
-    seen, plain = [], flux.vae.model.decode
-    monkeypatch.setattr(flux.vae.model, "decode", lambda latents: seen.append(len(latents)) or plain(latents))
-    assert len(flux.vae.decode(torch.zeros(3, 16, 2, 2))) == 3
-    assert seen == [1, 1, 1]
+    model, three = flux.vae.model, pictures[:1].expand(3, -1, -1, -1)
+    latents, generator = torch.randn(3, 16, 6, 10, generator=torch.Generator().manual_seed(2)), torch.Generator()
+    whole = flux.vae.encode(three, generator.manual_seed(1)), flux.vae.decode(latents)
+    seen: list[int] = []
+    for net in (model.encoder, model.decoder):
+        monkeypatch.setattr(net, "forward", lambda x, plain=net.forward: seen.append(len(x)) or plain(x))
+    monkeypatch.setattr(vae, "AT_ONCE", 2 * 48 * 80)
+    parts = flux.vae.encode(three, generator.manual_seed(1)), flux.vae.decode(latents)
+    assert seen == [2, 1, 2, 1]
+    assert all(relative(part, one) < EXACT for part, one in zip(parts, whole, strict=True))

@@ -126,6 +126,12 @@ def test_what_cannot_be_drawn_says_why(demo, prompt, change, message):
         draw(demo, prompt, **change)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (16, 16, 16), (1, 16, 0, 16)])
+def test_what_a_vae_cannot_decode_says_so(demo, shape):
+    with pytest.raises(FluxError, match=r"decodes latents of shape \(batch, 16, height, width\)"):
+        demo.vae.decode(torch.zeros(shape))
+
+
 def test_a_vae_that_overflows_says_so_instead_of_showing_black(demo):
     with pytest.raises(FluxError, match="the VAE made numbers that are not finite, in "):
         demo.vae.decode(torch.full(SHAPE, torch.inf))
