@@ -13,11 +13,11 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def euler(velocity: Velocity, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """First order. Returns x at sigma_next and the clean estimate; the sum is made in float32 and rounded once."""
+    """First order. Returns x at sigma_next and the clean estimate."""
     v = velocity(x, step.sigma)
     return advance(x, v, step.sigma_next - step.sigma), advance(x, v, -step.sigma)
 
 
 def advance(x: Tensor, v: Tensor, distance: float) -> Tensor:
-    """x + distance * v; a tensor for the distance makes half types round the product as the oracle does."""
-    return (x.float() + torch.tensor(distance, dtype=torch.float32) * v).to(v.dtype)
+    """x + distance * v; as a tensor the distance is rounded to a half type before the product, as the oracle does."""
+    return x + torch.tensor(distance, dtype=torch.float32) * v
