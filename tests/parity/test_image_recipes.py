@@ -6,6 +6,9 @@ import torch
 from PIL import Image
 
 from fluxcanvas.flux_runtime import FluxError, recipes
+from fluxcanvas.flux_runtime.conditions import Reference
+from fluxcanvas.flux_runtime.image import as_images
+from fluxcanvas.flux_runtime.pictures import Encoded
 
 PROMPT, NEGATIVE = "a red house under a yellow moon", "blurry, dark"
 EXACT = 1e-5  # relative, float32
@@ -111,6 +114,13 @@ def test_kontext(pair, relative, oracle, case, resize):
     size = "preferred" if resize else "source"
     got = ours(recipes.kontext, flux, steps=2, image=picture(1), reference_size=size, **SIZE, **mine)
     assert relative(got, expected) < EXACT
+
+
+def test_a_reference_lies_where_kontext_has_it_unless_told_otherwise(pair):
+    _, flux = pair()
+    raw = flux.vae.encode(as_images(picture(1, 80, 48)))
+    alone = ours(recipes.text_to_image, flux, conditions=[Reference(Encoded(raw), 80, 48)], **SIZE)
+    assert torch.equal(alone, ours(recipes.kontext, flux, image=picture(1, 80, 48), reference_size="source", **SIZE))
 
 
 @pytest.mark.parametrize("case", CASES)

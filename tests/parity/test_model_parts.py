@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fluxcanvas.flux_runtime.inpaint import renoise
 from fluxcanvas.flux_runtime.model.attention import rope
 from fluxcanvas.flux_runtime.model.blocks import DoubleBlock, SingleBlock
 
@@ -45,3 +46,15 @@ def test_float16_streams_that_overflow_are_clipped_where_the_oracles_are():
     txt, img = theirs[1](hidden_states=ones, encoder_hidden_states=ones, **rope_of)
     both = single(torch.cat([ones, ones], dim=1), modulation[..., :48], turn, None)
     assert torch.equal(both, torch.cat([txt, img], dim=1)) and (both == 65504).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_noise_is_added_as_the_scheduler_adds_it(dtype):
+    """To the bit: the level is rounded to the latents' type first, and so is what is left of them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(7)
+    clean, noise = torch.randn(2, 1, 64, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for level, time in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps, strict=True):
+        assert torch.equal(renoise(clean, noise, level), scheduler.scale_noise(clean, time[None], noise))
