@@ -12,7 +12,7 @@ from fluxcanvas.flux_runtime.lora.apply import applied, applied_to_encoder
 from fluxcanvas.flux_runtime.lora.fit import fit
 from fluxcanvas.flux_runtime.lora.formats import Lora
 from fluxcanvas.flux_runtime.lora.patches import Full, Hadamard, Kronecker, LowRank, Magnitude
-from fluxcanvas.flux_runtime.lora.stack import LoraStack, parse_factors
+from fluxcanvas.flux_runtime.lora.stack import LoraStack
 from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.quant.gguf import Gguf
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
@@ -153,7 +153,7 @@ def test_every_flavour_equals_the_weight_written_out_and_leaves_no_trace(model_o
     assert torch.equal(velocity(model), base)
 
 
-@pytest.mark.parametrize("kind", ["float32", "fp8", "gguf"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_exception_inside_leaves_no_trace_either(model_of, kind):
     model = model_of(kind)
     before = bytes_of(model)
@@ -220,35 +220,6 @@ def test_merging_a_bfloat16_weight_rounds_once(model_of):
     with applied(model, stack, "merged"):
         for name in stack.patches("transformer"):
             assert torch.equal(model.get_submodule(name).weight, expected.get_submodule(name).weight), name
-
-
-def test_weights_by_block_and_by_part(model_of):
-    entry = LoraStack().plus(lora(), 0.5, text_weight=0.2, factors=parse_factors("double: 0.5; double.1: 0")).entries[0]
-    assert entry.weight_on("transformer", "double_blocks.0.img_mlp.2") == 0.25
-    assert entry.weight_on("transformer", "double_blocks.1.img_mlp.0") == 0
-    assert entry.weight_on("transformer", "single_blocks.0.linear1") == 0.5
-    assert entry.weight_on("clip", "encoder.layers.0.mlp.fc1") == 0.2
-    ranged = parse_factors("double_blocks.0-1 = 0.5\nsingle_transformer_blocks.*.linear2: -1, img_mod: 2")
-    assert [f.fits("double_blocks.1.img_mlp.0") for f in ranged] == [True, False, False]
-    assert [f.fits("single_blocks.1.linear2") for f in ranged] == [False, True, False]
-    assert [f.fits("double_blocks.12.img_mod.lin") for f in ranged] == [False, False, True]
-
-
-@pytest.mark.parametrize("text", ["double_blocks", "double: x", ": 1", "a b: 1", "double: nan", "double: inf"])
-def test_words_that_are_no_weights_are_refused(text):
-    with pytest.raises(FluxError, match="is no weight for a block"):
-        parse_factors(text)
-
-
-def test_a_factor_that_fits_nothing_is_named():
-    with pytest.raises(FluxError, match=r"'double_blocks.7' fits no layer of the LoRA test"):
-        LoraStack().plus(lora(), factors=parse_factors("double_blocks.7: 0.5"))
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_refused(weight):
-    with pytest.raises(FluxError, match="not a number"):
-        LoraStack().plus(lora(), weight)
 
 
 class TestControl:
