@@ -42,7 +42,8 @@ class TorchAo(Packed):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.shape = tuple(data.shape)
-        self.scheme = f"torchao-{_KINDS[data.dtype]}"
+        self.kind = _KINDS[data.dtype]
+        self.scheme = f"torchao-{self.kind}"
         self._centred = zero_point is None or not zero_point.any().item()
 
     @classmethod

@@ -30,7 +30,7 @@ AGAIN = "download the file again"
 
 
 def _library() -> ModuleType:
-    return need("bitsandbytes", "bitsandbytes", "A weight quantised with bitsandbytes")
+    return need("bitsandbytes", "bitsandbytes", "a weight quantised with bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class Bnb4(Packed):
         super().__init__()
         self.state = state
         self.shape = state.shape
-        self.scheme = f"bnb-{state.kind}"
+        self.kind = state.kind
+        self.scheme = f"bnb-{self.kind}"
         self.register_buffer("weight", weight)
         self.register_buffer("absmax", sides["weight.absmax"])
         self.register_buffer("code", sides["weight.quant_map"])
@@ -274,8 +275,11 @@ class Bnb8(Packed):
                 "an int8 weight is stored in an order made for one GPU (weight_format is not 0); "
                 "save the model again with a newer bitsandbytes, or use another file of it"
             )
+        threshold = facts.get("threshold", THRESHOLD)
+        if not _is_number(threshold) or threshold < 0:
+            raise FluxError(f"{str(threshold)[:40]} is no size from which inputs are not rounded; {AGAIN}")
         _library()
-        return cls(weight.contiguous(), scale.float().reshape(-1), facts.get("threshold", THRESHOLD))
+        return cls(weight.contiguous(), scale.float().reshape(-1), threshold)
 
     def stored(self) -> dict[str, Tensor]:
         """bitsandbytes' own layout, as diffusers and transformers read it."""

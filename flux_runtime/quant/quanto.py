@@ -47,10 +47,10 @@ class Quanto(Packed):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.shape = shape
-        self.scheme = f"quanto-{self._kind}"
+        self.scheme = f"quanto-{self.kind}"
 
     @property
-    def _kind(self) -> str:
+    def kind(self) -> str:
         if self.shift is not None:
             return f"int{self._bits}"
         return "int8" if self.data.dtype == torch.int8 else "float8"
@@ -61,7 +61,7 @@ class Quanto(Packed):
 
     @property
     def _bits(self) -> int:
-        return 4 if self.data.shape[0] == math.ceil(self._groups / 2) else 2
+        return _bits(self._groups, self.data.shape[0])
 
     @classmethod
     def from_stored(
@@ -129,6 +129,11 @@ class Quanto(Packed):
         return cls(packed._data._data, packed._scale, packed._shift, shape)
 
 
+def _bits(groups: int, rows: int) -> int:
+    """Bits of a number, where so many groups lie in so many rows of bytes."""
+    return 4 if rows == math.ceil(groups / 2) else 2
+
+
 def group_size(shape: tuple[int, int]) -> int | None:
     """Numbers of a row that share a scale in int4, as the library chooses them; None: the whole row does."""
     columns = shape[1]
@@ -167,12 +172,12 @@ def gathered(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         sides = {side: left.pop(f"{layer}.{side}").sources[0] for side in RECOGNISED[main] if f"{layer}.{side}" in left}
         for spare in SPARE:
             left.pop(f"{layer}.{spare}", None)
-        shape = data.shape
+        shape, kind = data.shape, "int8" if data.dtype == "I8" else "float8"
         if main == BITS and "weight._scale" in sides and len(data.shape) == 2:
             groups = sides["weight._scale"].parameters
             rows = tensors[f"{layer}.bias"].shape[0] if f"{layer}.bias" in tensors else groups
             shape = (rows, groups * data.shape[1] // max(rows, 1))
-        whole[f"{layer}.weight"] = LazyTensor.whole(
-            Stored(name, data.dtype, shape, data.file, Packing("quanto", sides))
-        )
+            kind = f"int{_bits(groups, data.shape[0])}"
+        packing = Packing("quanto", sides, {"kind": kind})
+        whole[f"{layer}.weight"] = LazyTensor.whole(Stored(name, data.dtype, shape, data.file, packing))
     return {**left, **whole}

@@ -30,11 +30,14 @@ MARKER = "scaled_fp8"  # ComfyUI's sign of scaled fp8: two numbers, or none wher
 SUFFIX = ".safetensors"
 MAX_FACTS = 20
 
-# What a scheme's `from_stored` is told beside the tensors: fact -> attribute of the packed weight.
+# What a scheme's `from_stored`, or a report, is told beside the tensors: fact -> attribute of the packed weight.
 FACTS: dict[str, dict[str, str]] = {
     "gguf": {"type": "kind"},
     "fp8": {"matmul": "allows_matmul"},
+    "bnb-4bit": {"kind": "kind"},
     "bnb-8bit": {"threshold": "threshold"},
+    "quanto": {"kind": "kind"},
+    "torchao": {"kind": "kind"},
 }
 
 

@@ -101,7 +101,7 @@ def compare(component: Component, module: nn.Module) -> Fit:
     expected = {plain_name(component.kind, name): tuple(t.shape) for name, t in wanted(component, module).items()}
     have = component.tensors
     used = tuple(name for name in expected if name in have)
-    missing = [part for name in expected if name not in have for part in _foreign(component, name)]
+    missing = [part for name in expected if name not in have for part in component.stored_names(name)]
     unused = (
         *component.unknown,
         *(part for name in have if name not in expected for part in _sources(component, name)),
@@ -112,16 +112,6 @@ def compare(component: Component, module: nn.Module) -> Fit:
         if have[name].shape != expected[name]
     )
     return Fit(used, tuple(missing), unused, misshapen)
-
-
-def _foreign(component: Component, name: str) -> list[str]:
-    """The names under which the file should have had a tensor."""
-    if component.table is None:
-        return [name]
-    if name in component.incomplete:
-        return component.incomplete[name]
-    levels = {n.split(".")[2] for n in component.tensors if n.startswith("decoder.up.")}
-    return component.table.foreign_names(name, last=max(len(levels) - 1, 0)) or [name]
 
 
 def _sources(component: Component, name: str) -> list[str]:

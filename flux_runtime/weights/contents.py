@@ -113,6 +113,15 @@ class Component:
     fault: str = ""  # what is wrong where packed weights do not fit what lies beside them; the tensors are as stored
     told: Mapping[str, Any] = field(default_factory=dict)  # what the header says of the model, see `identity`
 
+    def stored_names(self, name: str) -> list[str]:
+        """What the file calls, or should have called, the tensors that make up a native one."""
+        if self.table is None:
+            return [name]
+        if name in self.incomplete:
+            return self.incomplete[name]
+        levels = {n.split(".")[2] for n in self.tensors if n.startswith("decoder.up.")}
+        return self.table.foreign_names(name, last=max(len(levels) - 1, 0)) or [name]
+
     def require_sound(self) -> None:
         """Raises a `FluxError` where the weights cannot be unpacked."""
         if self.fault:
@@ -158,8 +167,11 @@ def sort_out(
     told, components = told_by(metadata), {}
     for kind, (prefix, layout) in found.items():
         own = {name.removeprefix(prefix): tensor for name, tensor in taken[kind].items()}
-        part = _component(kind, layout, own, files, {**told.get(kind, {}), **config})
-        components[kind] = replace(part, fault=faults.get(kind, ""), told=told)
+        if kind in faults:
+            components[kind] = Component(kind, "", own, files, config, fault=faults[kind], told=told)
+        else:
+            part = _component(kind, layout, own, files, {**told.get(kind, {}), **config})
+            components[kind] = replace(part, told=told)
     if "clip" in components:  # CLIP's other half, which all-in-one files keep beside the text encoder
         halves = tuple(name for name in leftover if name.endswith(CLIP_SPARE))
         components["clip"] = replace(components["clip"], spare=(*components["clip"].spare, *halves))

@@ -64,7 +64,7 @@ def _report(sources: Sources) -> Report:
 def _part(component: Component) -> PartReport:
     """A component that cannot be loaded is described too: why is the note."""
     plain = build.Fit(tuple(component.tensors), (), component.unknown, ())
-    if component.unreadable and not component.fault:
+    if component.unreadable:
         return build.describe(component, plain, f"stored as {component.unreadable}, which is not read here")
     try:
         fit = build.compare(component, build.skeleton(component))

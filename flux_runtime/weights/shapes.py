@@ -51,8 +51,9 @@ def shape_of(component: Component, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, with so many dimensions, none of them 0."""
     tensor = component.tensors.get(name)
     if tensor is None:
+        lost = " and ".join(repr(stored) for stored in component.stored_names(name))
         raise FluxError(
-            f"{where(component)}: the {component.kind} lacks the tensor {name!r}; it is not whole, download it again"
+            f"{where(component)}: the {component.kind} lacks the tensor {lost}; it is not whole, download it again"
         )
     if len(tensor.shape) != rank or 0 in tensor.shape:
         raise FluxError(

@@ -138,6 +138,11 @@ def test_a_fault_of_one_part_is_told_with_all_the_rest(weights, tmp_path):
     assert report.variant == "dev" and "4 tensors as scaled fp8" in report.part("transformer").note
     assert report.part("t5").note.startswith(f"{path}: 1 fp8 weights lack the scale")
     assert lost in report.text() and report.part("t5").parameters > 10_000
+    faulty = next(line for line in report.text().splitlines() if line.startswith("  t5"))
+    count = sum(name.startswith(prefixes["t5"]) for name in tensors)
+    assert (
+        faulty.endswith(f", {count} tensors") and not report.part("t5").unused
+    )  # none of them can be called used, or not
     with pytest.raises(FluxError, match="1 fp8 weights lack the scale"):
         load_parts(transformer=path, clip=path, t5=path, vae=None)
 

@@ -43,6 +43,11 @@ class TestRefusals:
         )
         self.refused(load, folder, str(file), "2: ", "proj_out.bias", "transformer_blocks.1.attn.to_k.weight")
 
+    def test_a_tensor_that_sizes_are_read_from_has_the_name_of_the_file_too(self, load, folder, rename):
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        rename(file, lambda tensors: {n: t for n, t in tensors.items() if n != "x_embedder.weight"})
+        self.refused(load, folder, str(file), "the transformer lacks the tensor 'x_embedder.weight'")
+
     def test_missing_block(self, load, parts, rename):
         rename(parts["transformer"], lambda t: {n: v for n, v in t.items() if not n.startswith("single_blocks.1.")})
         self.refused(load, parts["transformer"], "single_blocks.1", search=[parts["transformer"].parents[1]])

@@ -315,6 +315,12 @@ class TestEightBits:
         with pytest.raises(FluxError):
             Bnb8.from_stored(sides.pop("weight"), sides, ROWS_OF_PIECES, {})
 
+    @pytest.mark.parametrize("threshold", ["6", -1, math.nan, True, None, 10**400])
+    def test_refuses_thresholds_that_are_none(self, threshold):
+        sides = Bnb8.quantise(self.weight).stored()
+        with pytest.raises(FluxError, match="is no size from which inputs are not rounded"):
+            Bnb8.from_stored(sides.pop("weight"), sides, ROWS_OF_PIECES, {"threshold": threshold})
+
     def test_refuses_a_weight_without_scales(self):
         with pytest.raises(FluxError, match="SCB"):
             Bnb8.from_stored(torch.zeros(2, 2, dtype=torch.int8), {}, (2, 2), {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fluxcanvas.flux_runtime import FluxError, load_parts
+from fluxcanvas.flux_runtime import FluxError, inspect, load_parts
 from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.quant import write
 from fluxcanvas.flux_runtime.quant.fp8 import Fp8
@@ -68,6 +68,9 @@ class TestThereAndBack:
         made, _ = quantise(transformer, name)
         save_module(made, path)
         same(read(path), made)
+        titles = {"fp8": "scaled fp8", "bnb-int8": "bnb-8bit", "bnb-nf4": "bnb-4bit nf4", "bnb-fp4": "bnb-4bit fp4"}
+        title = titles.get(name, name.replace("-", " "))
+        assert inspect(path).part("transformer").note == f"13 tensors as {title}"
 
     def test_again_after_reading(self, transformer, path, tmp_path):
         made, _ = quantise(transformer, "bnb-nf4")

@@ -77,6 +77,17 @@ class TestSchemes:
         with pytest.raises(FluxError, match=rf'pip install "fluxcanvas\[{SCHEMES[name].extra}\]"'):
             quantise(transformer, name)
 
+    @pytest.mark.parametrize("error", [RuntimeError("clash of versions"), ModuleNotFoundError("no x", name="x")])
+    def test_a_library_that_does_not_import(self, error, transformer, monkeypatch):
+        """Whatever it raises: these libraries import others, and complain in their own ways."""
+
+        def fail(name):
+            raise error
+
+        monkeypatch.setattr(optional.importlib, "import_module", fail)
+        with pytest.raises(FluxError, match=rf"needs torchao, which does not import: {error}; reinstall it"):
+            quantise(transformer, "torchao-int8")
+
     def test_fp8_products_need_a_gpu_that_has_them(self, transformer, monkeypatch):
         with pytest.raises(FluxError, match="cpu is none; use fp8"):
             quantise(transformer, "fp8-matmul")

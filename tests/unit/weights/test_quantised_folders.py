@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fluxcanvas.flux_runtime import inspect
 from fluxcanvas.flux_runtime.quant.bnb import Bnb8
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear
 from fluxcanvas.flux_runtime.quant.swap import quantise
@@ -124,6 +125,7 @@ def test_a_folder_draws_what_its_unpacked_weights_draw(
     flux, expected = load(packed, dtype="fp32"), load(plain, dtype="fp32")
     assert schemes(flux.transformer if kind == "transformer" else flux.text.t5) == {scheme}
     all_used(flux.report)
+    assert scheme.rpartition("-")[2] in inspect(packed / NAMES[kind]).part(kind).note.lower() or scheme == "bnb-int8"
     drawing = draw(flux)
     assert apart(drawing, draw(expected)) < 1e-5
     assert apart(drawing, plain_drawing) > 1e-4
