@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import FluxError, check_finite
-from .model.vae import AutoEncoder, VaeParams
+from .model.vae import AutoEncoder, VaeParams, sample
+
+log = logging.getLogger("fluxcanvas")
 
 REMEMBERED = 16  # encoded pictures kept by a VAE; a megapixel's latents are 1 MB in float32
 
@@ -71,8 +76,8 @@ class Vae:
             raise FluxError(
                 f"a picture of {width}x{height} cannot be encoded: both sides must be multiples of {multiple}"
             )
-        pixels = (images[..., :3].permute(0, 3, 1, 2).float() * 2 - 1).to(self.device, self.dtype)
-        return self.model.encode(pixels, generator)
+        pixels = (images[..., :3].permute(0, 3, 1, 2).float() * 2 - 1).to(self.device)
+        return sample(self._sound(lambda model, dtype: model.moments(pixels.to(dtype))), generator)
 
     def encode_once(self, images: Tensor) -> Tensor:
         """The mean latents of these pixels, remembered by content: drawing again with another seed encodes nothing."""
@@ -90,9 +95,21 @@ class Vae:
         if latents.ndim != 4 or latents.shape[1] != self.params.z_channels or not latents.numel():
             want = f"(batch, {self.params.z_channels}, height, width)"
             raise FluxError(f"this VAE decodes latents of shape {want}; got {tuple(latents.shape)}")
-        pixels = self.model.decode(latents.to(self.device, self.dtype))
+        pixels = self._sound(lambda model, dtype: model.decode(latents.to(self.device, dtype)))
         check_finite(pixels, "the VAE")
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+
+    def _sound(self, work: Callable[[AutoEncoder, torch.dtype], Tensor]) -> Tensor:
+        """What the model makes in its own type; where float16 is too narrow for it, what it makes in float32."""
+        made = work(self.model, self.dtype)
+        if self.dtype != torch.float16 or made.isfinite().all():
+            return made
+        return work(self._in_float32, torch.float32).to(made.dtype)
+
+    @cached_property
+    def _in_float32(self) -> AutoEncoder:
+        log.warning("the VAE makes numbers too large for float16: it computes in float32 where that happens")
+        return copy.deepcopy(self.model).float()
 
     @cached_property
     def preview_factors(self) -> tuple[Tensor, Tensor]:

@@ -167,16 +167,24 @@ class AutoEncoder(nn.Module):
 
     def encode(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """The mean of the latent distribution, or a sample of it where a generator is given (one, or one a picture)."""
-        parts = [self.encoder(part) for part in in_parts(images, 1)]
-        mean, log_variance = torch.cat(parts).chunk(2, dim=1)
-        if generator is None:
-            return mean
-        deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
-        return mean + deviation * _randn_like(mean, generator)
+        return sample(self.moments(images), generator)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """(B, 2 * z_channels, h, w): the mean of the latent distribution and the logarithm of its variance."""
+        return torch.cat([self.encoder(part) for part in in_parts(images, 1)])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unclamped pictures of raw latents."""
         return torch.cat([self.decoder(part) for part in in_parts(latents, self.params.factor)])
+
+
+def sample(moments: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """The mean, or a sample where a generator is given (one, or one a picture)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    if generator is None:
+        return mean
+    deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
+    return mean + deviation * _randn_like(mean, generator)
 
 
 def in_parts(batch: Tensor, factor: int) -> tuple[Tensor, ...]:
