@@ -29,6 +29,9 @@ BYTES, BITS = "weight._data", "weight._data._data"
 RECOGNISED = {BYTES: ("weight._scale",), BITS: ("weight._scale", "weight._shift")}
 SPARE = ("input_scale", "output_scale")
 
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # of T5, as wide as the model
+WIDE = (".o", ".wo")  # its layers that give the model's width; all others take it
+
 _BYTE_TYPES = {torch.int8, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -156,10 +159,7 @@ def _above_zero(scale: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """A file's tensors with quanto's put together, as `<layer>.weight`.
-
-    How many rows a 4-bit weight has is told by the layer's bias.
-    """
+    """A file's tensors with quanto's put together, as `<layer>.weight`."""
     from ..weights.files import LazyTensor, Packing, Stored
 
     left, whole = dict(tensors), {}
@@ -175,9 +175,23 @@ def gathered(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         shape, kind = data.shape, "int8" if data.dtype == "I8" else "float8"
         if main == BITS and "weight._scale" in sides and len(data.shape) == 2:
             groups = sides["weight._scale"].parameters
-            rows = tensors[f"{layer}.bias"].shape[0] if f"{layer}.bias" in tensors else groups
-            shape = (rows, groups * data.shape[1] // max(rows, 1))
+            shape = _shape(layer, groups, groups * data.shape[1], tensors)
             kind = f"int{_bits(groups, data.shape[0])}"
         packing = Packing("quanto", sides, {"kind": kind})
         whole[f"{layer}.weight"] = LazyTensor.whole(Stored(name, data.dtype, shape, data.file, packing))
     return {**left, **whole}
+
+
+def _shape(layer: str, groups: int, numbers: int, tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
+    """The shape of a 4-bit weight, which its file does not tell: as many rows as its bias.
+
+    T5 has no biases; there either rows or columns are the width of the model.
+    """
+    embedding = next((name for name in EMBEDDINGS if name in tensors), None)
+    rows = groups
+    if f"{layer}.bias" in tensors:
+        rows = tensors[f"{layer}.bias"].shape[0]
+    elif embedding and ".block." in layer:
+        width = max(tensors[embedding].shape[-1], 1)
+        rows = width if layer.endswith(WIDE) else numbers // width
+    return rows, numbers // max(rows, 1)
