@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import FluxError
 from ..quant import ao, quanto
+from ..quant.gguf_blocks import FORMATS
 from ..quant.save import packings_from
 from . import keys
 from .files import LazyTensor
@@ -280,6 +281,10 @@ def unreadable(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> 
     ends = {name.rsplit(".", 1)[-1] for name in tensors}
     if "weight_scale_2" in ends:
         return "nvfp4"
+    packings = [stored.packing for tensor in tensors.values() for stored in tensor.sources if stored.packing]
+    blocks = {packing.facts.get("type") for packing in packings if packing.scheme == "gguf"} - FORMATS.keys()
+    if blocks:
+        return f"GGUF {' and '.join(sorted(map(str, blocks)))} (of GGUF, {', '.join(FORMATS)} are read)"
     plain = {name: t for name, t in tensors.items() if not t.packed}
     packed = next((t.dtype for n, t in plain.items() if n.endswith("weight") and t.dtype.startswith(PACKED)), "")
     named = config.get("quantization_config")

@@ -1,6 +1,7 @@
 """Quantised single files as people publish them, through the loader: each draws what its unpacked weights draw."""
 
 import json
+import re
 from functools import partial
 from itertools import cycle
 
@@ -10,7 +11,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from fluxcanvas.flux_runtime import load_parts
+from fluxcanvas.flux_runtime import FluxError, inspect, load_parts
 from fluxcanvas.flux_runtime.quant.gguf_blocks import FORMATS
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear
 
@@ -139,11 +140,14 @@ class TestGguf:
                 half = tensor.half() if tensor.ndim == 2 else tensor
                 meant[name] = half.float()
                 writer.add_tensor(rename(name), half.numpy())
+        self._finish(writer)
+        return meant
+
+    def _finish(self, writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return meant
 
     @pytest.fixture
     def t5_name(self):
@@ -172,6 +176,21 @@ class TestGguf:
         flux = load(paths["transformer"].with_suffix(".gguf"), search=[paths["vae"].parent])
         assert flux.report.part("t5").files == (str(paths["t5"].with_suffix(".gguf")),)
         assert schemes(flux.text.t5) and draw(flux).isfinite().all()
+
+    def test_a_type_that_is_not_read_is_told_before_anything_is(self, tmp_path, wide, load_files):
+        writer, odd = GGUFWriter(str(tmp_path / "x.gguf"), "flux"), GGMLQuantizationType.IQ2_XS
+        for name, tensor in wide("transformer").items():
+            if name.endswith("qkv.weight"):
+                bytes_of_a_row = tensor.shape[1] // 256 * 74
+                raw = torch.zeros(len(tensor), bytes_of_a_row, dtype=torch.uint8).numpy()
+                writer.add_tensor(name, raw, raw_dtype=odd)
+            else:
+                writer.add_tensor(name, tensor.numpy())
+        self._finish(writer)
+        told = "stored as GGUF IQ2_XS (of GGUF, Q8_0, Q4_0"
+        assert told in inspect(tmp_path / "x.gguf").text()
+        with pytest.raises(FluxError, match=re.escape(told)):
+            load_files({"transformer": tmp_path / "x.gguf", "clip": None, "t5": None, "vae": None})
 
 
 def test_plain_fp8(files, wide, load_files, unpacked_drawing, draws_as, schemes):
