@@ -61,6 +61,14 @@ def test_true_cfg_with_a_negative_prompt(pair, relative):
     assert relative(mine, ours(flux, generator=rng())) > 0.01, "the negative prompt must matter"
 
 
+def test_a_second_negative_prompt_goes_to_t5(pair, relative):
+    pipe, flux = pair()
+    options = {"negative_prompt": NEGATIVE, "negative_prompt_2": "a green boat", "true_cfg_scale": 3.0}
+    mine = ours(flux, generator=rng(), **options)
+    assert relative(mine, oracle(pipe, generator=rng(), **options)) < EXACT
+    assert relative(mine, ours(flux, generator=rng(), **options | {"negative_prompt_2": None})) > 1e-4
+
+
 def test_a_second_prompt_goes_to_t5(pair, relative):
     pipe, flux = pair()
     theirs = oracle(pipe, prompt_2="a green boat", generator=rng())
