@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,24 +83,31 @@ def _settings(prefix: str, raw: Mapping[str, Any]) -> Settings | None:
     rank = raw.get(f"{prefix}r")
     return Settings(
         _number(name, raw[name]),
-        _exceptions(f"{prefix}alpha_pattern", raw),
-        None if rank is None else _number(f"{prefix}r", rank),
-        _exceptions(f"{prefix}rank_pattern", raw),
+        _exceptions(f"{prefix}alpha_pattern", raw, _number),
+        None if rank is None else _rank(f"{prefix}r", rank),
+        _exceptions(f"{prefix}rank_pattern", raw, _rank),
         raw.get(f"{prefix}use_rslora") is True,
     )
 
 
-def _exceptions(name: str, raw: Mapping[str, Any]) -> dict[str, float]:
+def _exceptions(name: str, raw: Mapping[str, Any], read: Callable[[str, Any], float]) -> dict[str, float]:
     table = raw.get(name) or {}
     if not isinstance(table, dict):
         raise FluxError(f"{name} in its settings is not a table; save the LoRA again")
-    return {_ending(name, pattern): _number(pattern, value) for pattern, value in table.items()}
+    return {_ending(name, pattern): read(pattern, value) for pattern, value in table.items()}
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         raise FluxError(f"{name[:80]} in its settings is {str(value)[:40]!r}, not a number; save the LoRA again")
     return checked_alpha(f"{name[:80]} in its settings", float(value))
+
+
+def _rank(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number < 0:
+        raise FluxError(f"{name[:80]} in its settings is {number:g}, and a rank is above 0; save the LoRA again")
+    return number
 
 
 def _ending(name: str, pattern: str) -> str:

@@ -30,9 +30,9 @@ class LoraFit:
 
     def text(self) -> str:
         """A line or two for the node and the log."""
-        from ..weights.report import listed
+        from ..weights.report import counted, listed
 
-        done = ", ".join(f"{count} {LABELS[part]} layers" for part, count in self.matched.items() if count)
+        done = ", ".join(counted(count, f"{LABELS[part]} layer") for part, count in self.matched.items() if count)
         lines = [f"{self.lora.name} ({self.lora.format}): {done}"]
         if self.absent:
             lines.append(f"  not in this model: {listed(self.absent)}")

@@ -223,7 +223,7 @@ def _turned(tensor: Tensor) -> Tensor:
 
 
 def checked_alpha(name: str, value: float) -> float:
-    """An alpha that can be one; anything else is a damaged file."""
-    if not math.isfinite(value) or value <= 0:
-        raise FluxError(f"{name} is {value:g}, and a LoRA's alpha is a number above 0; the file is damaged")
+    """An alpha that can be one (below 0 it turns the change round); anything else is a damaged file."""
+    if not math.isfinite(value) or value == 0:
+        raise FluxError(f"{name} is {value:g}, and a LoRA's alpha is a number other than 0; the file is damaged")
     return value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import FluxError
 from ..weights.files import TensorFile
-from ..weights.report import listed
+from ..weights.report import counted, listed
 from . import foreign
 from .alphas import Alphas, read_alphas
 from .flavours import Found, build, checked_alpha
@@ -71,7 +71,7 @@ class Lora:
     def summary(self) -> str:
         """A few lines for people: format, flavour, what is changed, what was not used."""
         ranks = f"rank {_span(self.ranks)}" if self.ranks else ""
-        parts = [f"{count} layers of {_PARTS[part]}" for part, count in self.counts.items()]
+        parts = [f"{counted(count, 'layer')} of {_PARTS[part]}" for part, count in self.counts.items()]
         head = ", ".join(filter(None, [f"{self.format} {' + '.join(self.flavours)}", ranks, *parts]))
         lines = [f"{self.name}: {head}", f"  {self.total - len(self.unused)} of {self.total} tensors used"]
         lines += [f"  {len(self.values)} norms and other tensors are set whole"] if self.values else []
@@ -204,7 +204,9 @@ class _Reader:
         kept = {t: n for t, n in self.names.items() if best[n.target.part, n.target.layer] == _telling(n)}
         twice = sum(len(some) > 1 for some in tellings.values())
         if twice:
-            self.notes.append(f"{twice} layers are in the file under the names of two programs; one of them is used")
+            self.notes.append(
+                f"{counted(twice, 'layer')} in the file under the names of two programs; one of them is used"
+            )
         self.names = kept
 
     def _by_layer(self) -> dict[str, Found]:

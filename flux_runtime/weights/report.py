@@ -81,6 +81,11 @@ def listed(names: tuple[str, ...] | list[str], shown: int = SHOWN) -> str:
     return f"{len(names)}: {', '.join(name[:120] for name in names[:shown])}{more}"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def human(number: int, unit: str, base: int) -> str:
     """12 -> `12`, 11901408320 -> `11.9 G`; with unit `B`: `23.8 GB`."""
     value, prefix = float(number), ""

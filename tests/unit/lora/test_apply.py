@@ -310,6 +310,12 @@ class TestFit:
         assert report.matched == {"transformer": 10} and report.absent == ("double_blocks.9.img_mlp.0",)
         assert "10 transformer layers" in report.text() and "1: odd.key" in report.text()
 
+    def test_a_single_layer_is_no_plural(self, model_of):
+        one = {"double_blocks.0.img_attn.proj": (LowRank(down=torch.ones(1, 64), up=torch.ones(64, 1)),)}
+        assert "test (test): 1 transformer layer" in fit(lora(one), {"transformer": model_of("float32")}).text().split(
+            "\n"
+        )
+
     def test_another_models_sizes_are_refused(self, model_of):
         wide = {"double_blocks.0.img_mlp.0": (LowRank(down=torch.ones(1, 128), up=torch.ones(256, 1)),)}
         with pytest.raises(

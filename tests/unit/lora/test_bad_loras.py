@@ -148,9 +148,9 @@ def test_tensors_that_do_not_belong_together(tensors, words, read):
     refused(read, tensors, *words)
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
 def test_alphas_that_are_none(alpha, read):
-    refused(read, good(**{f"{QKV}.alpha": torch.tensor(alpha)}), f"{QKV}.alpha is {alpha:g}", "above 0", "damaged")
+    refused(read, good(**{f"{QKV}.alpha": torch.tensor(alpha)}), f"{QKV}.alpha is {alpha:g}", "other than 0", "damaged")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])

@@ -305,7 +305,7 @@ def test_a_lora_told_twice_acts_once(layers, size, read, deltas):
     again, _ = write(layers[:12], size, underscored("lora_unet_"), DOWN_UP)
     lora = read({**again, **full})
     same(deltas(lora), dense)
-    assert set(lora.unused) == set(again) and "12 layers are in the file under the names of two" in lora.summary()
+    assert set(lora.unused) == set(again) and "12 layers in the file under the names of two" in lora.summary()
 
 
 def test_different_ranks_and_missing_alphas(read):
@@ -326,6 +326,7 @@ PLAIN = {"lora_alpha": 8, "r": 2, "alpha_pattern": {}, "use_rslora": False}
         ({**PLAIN, "use_rslora": True}, (8 / 2**0.5, 8 / 2**0.5)),
         ({**PLAIN, "alpha_pattern": {"x_embedder": 1}}, (0.5, 4.0)),
         ({**PLAIN, "alpha_pattern": {"^x_embedder": 1}, "use_rslora": True}, (1 / 2**0.5, 8 / 2**0.5)),
+        ({**PLAIN, "lora_alpha": -8, "alpha_pattern": {"x_embedder": 1}}, (0.5, -4.0)),
         ({}, (1.0, 1.0)),
     ],
 )
@@ -349,6 +350,14 @@ def test_alpha_from_settings(settings, scales, read, tmp_path):
     assert told("base_model.model.", name="other.safetensors") == (1.0, 1.0)  # the settings of another file
 
 
+@pytest.mark.parametrize("case", ["kohya", "transformer prefix"])
+def test_an_alpha_below_zero_turns_the_change_round(case, layers, size, read, deltas):
+    spell, endings, _, _ = BFL_FORMATS[case]
+    tensors, dense = write(layers, size, spell, endings, -4.0)
+    same(deltas(read(tensors)), dense)
+    assert read(tensors).layers["transformer"]["img_in"][0].scale == -2.0
+
+
 def test_own_alpha_counts_before_settings(read):
     tensors, _ = write(["x_embedder"], lambda _: (8, 4), prefixed("transformer."), A_B, 1.0)
     lora = read(tensors, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})})
@@ -368,6 +377,8 @@ def test_settings_count_for_lokr_too(read):
 @pytest.mark.parametrize(
     "metadata",
     ["{", "[]", "null", '{"transformer.lora_alpha": "8"}', '{"transformer.lora_alpha": true}', "[" * 100_000,
+     '{"transformer.lora_alpha": 1, "transformer.r": -2}',
+     '{"transformer.lora_alpha": 1, "transformer.rank_pattern": {"a": -2}}',
      '{"transformer.lora_alpha": NaN}', '{"transformer.lora_alpha": 0}', '{"transformer.lora_alpha": 1e999}',
      '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": []}x',
      '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": [1]}',
