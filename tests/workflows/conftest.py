@@ -6,7 +6,7 @@ Their new weights are random and small, so that a picture still shows its prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fluxcanvas.flux_runtime import load_flux
 from fluxcanvas.flux_runtime.integrity import IntegrityChecker
 from fluxcanvas.flux_runtime.model.adapters import IPAdapterNet, IPAdapterParams, ReduxEncoder
 from fluxcanvas.flux_runtime.variants import CONTROL_CHANNELS, FILL_CHANNELS
+from fluxcanvas.flux_runtime.weights.files import open_tensors
+from fluxcanvas.flux_runtime.weights.gguf_names import T5
 from fluxcanvas.flux_runtime.weights.sources import DEMO
+from fluxcanvas.web.host.convert import convert
 from fluxcanvas.web.host.examples import WORKFLOWS, provide_inputs
 from fluxcanvas.web.host.folders import Folders
 from fluxcanvas.web.host.node_info import object_info
-from fluxcanvas.web.host.run import Runner, RunResult
+from fluxcanvas.web.host.run import Prepared, Runner, RunResult
 from fluxcanvas.web.host.workflow_file import read_workflow, recognise
 
 SIDE = 128  # of every picture here, in pixels
@@ -42,11 +46,33 @@ CONTROLNETS = {  # and how many modes a union net has
 }
 DEPTH = "LiheYoung/depth-anything-large-hf"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONTROL_LORAS = ("black-forest-labs/FLUX.1-Canny-dev-lora", "black-forest-labs/FLUX.1-Depth-dev-lora")
+TURBO = "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors"
+XLABS_LORAS = (
+    "XLabs-AI/flux-RealismLora",
+    "XLabs-AI/flux-lora-collection/art_lora.safetensors",
+    "XLabs-AI/flux-lora-collection/scenery_lora.safetensors",
+)
+FP8, GGUF, GGUF_T5 = "flux1-dev-fp8.safetensors", "flux1-dev-Q4_K_S.gguf", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"
+
+
+def lora_file(name: str) -> str:
+    """Where the stand-in of a published LoRA lies, below loras."""
+    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+
+
 # What a chosen model is called in the stand-ins' folders; those loaded as whole folders have their own names.
-RENAMED = {name: f"{name}/{WEIGHTS}" for name in CONTROLNETS} | {
+RENAMED = {
+    **{name: f"{name}/{WEIGHTS}" for name in CONTROLNETS},
+    **{name: lora_file(name) for name in (*CONTROL_LORAS, *XLABS_LORAS)},
     "black-forest-labs/FLUX.1-Redux-dev": "redux.safetensors",
     "XLabs-AI/flux-ip-adapter": "ip_adapter.safetensors",
+    "clip_l.safetensors": "clip/model.safetensors",
+    "t5xxl_fp16.safetensors": "t5/model.safetensors",
+    "ae.safetensors": f"vae/{WEIGHTS}",
 }
+CHOICES = ("source", "lora", "lora_1", "lora_2", "clip", "t5", "vae")  # the inputs that name models
+LOADERS = ("FluxCanvas_LoadFlux", "FluxCanvas_LoadFluxParts")
 # The settings that make a published workflow small, by node: size and steps of the demo, and its guidance.
 SMALL = {
     "FluxCanvas_EmptyCanvas": {"width": SIDE, "height": SIDE},
@@ -69,9 +95,12 @@ class Bench:
 
     def run(self, name: str, settings: Sequence[str] = ()) -> RunResult:
         """Run a shipped workflow as it is, but for these settings and the stand-ins."""
+        return self.runner.execute(self._prepared(name, settings))
+
+    def _prepared(self, name: str, settings: Sequence[str] = ()) -> Prepared:
         source = read_workflow(WORKFLOWS / f"{name}.json")
-        prompt = self.runner.prepare(source).prompt
-        return self.runner.execute(self.runner.prepare(source, [*stand_in(prompt), *settings]))
+        prompt = convert(source.workflow, self.definitions)
+        return self.runner.prepare(source, [*stand_in(prompt), *settings])
 
     def pictures(self, name: str, *settings: str) -> dict[str, list[Image.Image]]:
         """What a workflow saves, by the prefix of the names; the same run is made once."""
@@ -82,8 +111,7 @@ class Bench:
 
     def rewired(self, name: str, swap: tuple[str, str]) -> Image.Image:
         """What a workflow draws with two nodes of its chain of conditionings in each other's places."""
-        source = read_workflow(WORKFLOWS / f"{name}.json")
-        prompt = self.runner.prepare(source, stand_in(self.runner.prepare(source).prompt)).prompt
+        prompt = self._prepared(name).prompt
         swap_in_chain(prompt, *(find_titled(prompt, title) for title in swap))
         ((found,),) = saved_pictures(self.runner.execute(self.runner.prepare(recognise(prompt))).pictures).values()
         return found
@@ -97,9 +125,10 @@ class Bench:
 def stand_in(prompt: dict) -> list[str]:
     """The settings that replace published models and make their workflows small; none for those of the demo."""
     nodes = [(key, node["class_type"], node["inputs"]) for key, node in prompt.items()]
-    if not any(node == "FluxCanvas_LoadFlux" and inputs["source"] != "demo" for _, node, inputs in nodes):
+    if not any(node in LOADERS and inputs.get("source") != "demo" for _, node, inputs in nodes):
         return []
-    renamed = [f"{key}.source={RENAMED[i['source']]}" for key, _, i in nodes if i.get("source") in RENAMED]
+    chosen = [(key, name, i[name]) for key, _, i in nodes for name in CHOICES if isinstance(i.get(name), str)]
+    renamed = [f"{key}.{name}={RENAMED[value]}" for key, name, value in chosen if value in RENAMED]
     renamed += [f"{key}.image={small(i['image'])}" for key, kind, i in nodes if kind.startswith("LoadImage")]
     return renamed + [f"{key}.{name}={value}" for key, kind, _ in nodes for name, value in SMALL.get(kind, {}).items()]
 
@@ -176,6 +205,8 @@ def build_stand_ins(models: Path, save_depth_model: Callable[..., None]) -> None
         for name, modes in CONTROLNETS.items():
             build_controlnet(models / "controlnet" / name, modes)
         build_adapters(models)
+        build_loras(models / "loras")
+        build_parts(models)
         save_depth_model(models / "depth" / DEPTH)
 
 
@@ -246,9 +277,91 @@ def build_adapters(models: Path) -> None:
     transformers.SiglipVisionModel(siglip).save_pretrained(models / "clip_vision" / "siglip")
 
 
-def save(module: torch.nn.Module, path: Path) -> None:
+def build_loras(folder: Path) -> None:
+    """Each in the layout that its makers publish; random changes, small beside the weights."""
+    native = demo_tensors()
+    layers = {name.removesuffix(".weight"): tensor.shape for name, tensor in native.items() if tensor.ndim == 2}
+    for name in CONTROL_LORAS:
+        sizes = layers | {"img_in": (layers["img_in"][0], CONTROL_CHANNELS)}
+        norms = {key: tensor.float() for key, tensor in native.items() if key.endswith("_norm.scale")}
+        biases = {f"{layer}.lora_B.bias": torch.zeros(size[0]) for layer, size in sizes.items()}
+        save(low_rank(sizes, "lora_A", "lora_B") | biases | norms, folder / lora_file(name))
+    theirs = load_file(DEMO / "transformer" / WEIGHTS)
+    blocks = {f"transformer.{key.removesuffix('.weight')}": t.shape for key, t in theirs.items() if "blocks." in key}
+    blocks = {layer: size for layer, size in blocks.items() if len(size) == 2}
+    save(low_rank(blocks, "lora_A", "lora_B"), folder / TURBO)
+    for name in XLABS_LORAS:
+        save(low_rank(xlabs_layers(layers), "down", "up"), folder / lora_file(name))
+
+
+def xlabs_layers(layers: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The layers that XLabs change, under their names: attention's, in double blocks 1 of pictures and 2 of texts."""
+    width, found = layers["img_in"][0], {}
+    for layer, size in layers.items():
+        block, _, end = layer.rpartition(".")
+        if end == "linear1":
+            found[f"{block}.processor.qkv_lora"] = (3 * width, width)
+        elif end == "linear2":
+            found[f"{block}.processor.proj_lora"] = size
+        elif end in ("qkv", "proj"):
+            block, _, stream = block.rpartition(".")
+            found[f"{block}.processor.{end}_lora{1 if stream == 'img_attn' else 2}"] = size
+    return found
+
+
+def low_rank(layers: Mapping[str, Sequence[int]], down: str, up: str, rank: int = 4) -> dict[str, torch.Tensor]:
+    """Both matrices of each layer, whose size is (rows, columns); their product is a twelfth of usual weights."""
+    return {
+        f"{layer}.{name}.weight": tensor
+        for layer, (rows, columns) in layers.items()
+        for name, tensor in (
+            (down, torch.randn(rank, columns) / columns**0.5),
+            (up, 0.08 * torch.randn(rows, rank) / rank**0.5),
+        )
+    }
+
+
+def build_parts(models: Path) -> None:
+    """Transformers and T5 as single files in fewer bits, and the other parts each in a folder with its config."""
+    native = demo_tensors()
+    save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in native.items()}, models / "diffusion_models" / FP8)
+    write_gguf(native, models / "diffusion_models" / GGUF, "Q5_0")
+    t5, _ = open_tensors([DEMO / "text_encoder_2" / "model.safetensors"])
+    theirs = {name: tensor.read() for name, tensor in T5.to_foreign(t5).items()}
+    write_gguf(theirs, models / "text_encoders" / GGUF_T5, "Q5_1")
+    for name, part in (
+        ("text_encoders/clip", "text_encoder"), ("text_encoders/t5", "text_encoder_2"), ("vae/vae", "vae"),
+        ("tokenizers/tokenizer", "tokenizer"), ("tokenizers/tokenizer_2", "tokenizer_2"),
+    ):  # fmt: skip
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).symlink_to(DEMO / part)
+
+
+def write_gguf(tensors: Mapping[str, torch.Tensor], path: Path, kind: str) -> None:
+    """The matrices in this type, the rest in float32."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    path.parent.mkdir(exist_ok=True)
+    writer = GGUFWriter(str(path), "flux")
+    for name, tensor in tensors.items():
+        stored = GGMLQuantizationType[kind if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else "F32"]
+        writer.add_tensor(name, quantize(tensor.float().numpy(), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def demo_tensors() -> dict[str, torch.Tensor]:
+    """The demo's transformer under its native names."""
+    return load_flux("demo", device="cpu", dtype=torch.bfloat16).transformer.state_dict()
+
+
+def save(tensors: Mapping[str, torch.Tensor] | torch.nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(module.state_dict(), path)
+    tensors = tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 @pytest.fixture(scope="session")

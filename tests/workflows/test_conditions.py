@@ -44,6 +44,17 @@ CHANGES = {
     ],
     "regional-reference": [f"Reference.image={BALLOON}", f"Left half.image={HOUSE_MASK}"],
     "soft-inpaint": ["Inpaint Mask.mode=hard", "Soften the mask.blur=0"],
+    "lora": ["Load LoRA.weight=0", "Load LoRA.blocks=single_blocks: 0"],
+    "lora-stack": ["LoRA Stack.weight_1=0", "LoRA Stack.lora_2=none", "One more, for some blocks.blocks="],
+    "lora-control-canny": [f"Picture with the shapes.image={BALLOON}", "Load LoRA.weight=0.5"],
+    "lora-control-depth": [f"Picture with the space.image={BALLOON}", "Depth Map.invert=true"],
+    "turbo-control": ["Turbo LoRA.weight=0", "Depth LoRA.weight=0.3", "Depth Map.invert=true"],
+    "turbo-fill": ["Load LoRA.weight=0", f"Mask.image={LEFT_HALF}"],
+    "turbo-redux": ["Load LoRA.weight=0", f"Picture to vary.image={CAR}"],
+    "eight-bits": ["Load FLUX.quantize=none", "Load FLUX.quantize_t5=bnb-nf4"],
+    "quanto-float8": ["Load FLUX Parts.quantize=none", "Load FLUX Parts.quantize_t5=none"],
+    "gguf": ["Load FLUX Parts.transformer=flux1-dev-fp8.safetensors", "Load FLUX Parts.t5=t5/model.safetensors"],
+    "quantize": ["Quantize.scheme=bnb-nf4", "Quantize.scheme=none", "Quantize.t5_scheme=none"],
 }  # fmt: skip
 # Those that draw within a mask, with the mask's node and the picture's.
 MASKED = ["inpaint", "control-inpaint", "controlnet-inpaint", "kontext-inpaint", "kontext-inpaint-reference"]

@@ -16,8 +16,10 @@ from typing import Any
 from PIL import Image
 
 from ...nodes.load import DEMO
+from .convert import convert
 from .examples import WORKFLOWS, provide_inputs
 from .folders import Folders
+from .node_info import object_info
 from .run import Prepared, Runner
 from .workflow_file import read_workflow
 
@@ -34,18 +36,20 @@ def thumbnail(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def needs_download(prompt: dict[str, Any]) -> bool:
-    """Whether a workflow loads a published model."""
-    return any(node["inputs"].get("source", DEMO) != DEMO for node in prompt.values())
+def needs_models(prompt: dict[str, Any]) -> bool:
+    """Whether a workflow loads other models than the demo."""
+    inputs = [node["inputs"] for node in prompt.values()]
+    return any(given.get("source", DEMO) != DEMO or "transformer" in given for given in inputs)
 
 
 def make(path: Path, runner: Runner) -> None:
     """Write the API format of one workflow, and its thumbnail if the demo model draws it."""
-    prepared = runner.prepare(read_workflow(path))
-    text = json.dumps(prepared.prompt, indent=2, ensure_ascii=False)
+    source = read_workflow(path)
+    prompt = convert(source.workflow, object_info(runner.packs.nodes, runner.packs.display_names))
+    text = json.dumps(prompt, indent=2, ensure_ascii=False)
     (path.parent / "api" / path.name).write_text(text + "\n", encoding="utf-8")
-    if not needs_download(prepared.prompt):
-        _draw(prepared, runner).save(path.with_suffix(".jpg"), quality=88)
+    if not needs_models(prompt):
+        _draw(runner.prepare(source), runner).save(path.with_suffix(".jpg"), quality=88)
 
 
 def _draw(prepared: Prepared, runner: Runner) -> Image.Image:
