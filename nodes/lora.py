@@ -35,6 +35,8 @@ WEIGHT = Range(-10.0, 10.0, 0.05)
 WEIGHT_HELP = "How strongly it acts. 1: as it was trained, 0: not at all, below 0: the other way."
 
 _read: dict[tuple[str, str], Lora] = {}  # the newest last, so that another weight does not read a file anew
+_foreign_states: dict[Path, str] = {}  # files that other packs' stacks have named, as they were when last looked at
+_foreign_changes: list[Path] = []  # one for each time that such a file was found to be another
 
 FileChoice = Annotated[
     str,
@@ -60,9 +62,22 @@ def _file_state(lora: str, **_: object) -> str:
     return f"{located}|{_stamp(located)}"
 
 
-def _stack_state(lora_1: str, lora_2: str, lora_3: str, lora_4: str, **_: object) -> str:
+def _stack_state(lora_1: str, lora_2: str, lora_3: str, lora_4: str, **others: object) -> str:
     chosen = (lora_1, lora_2, lora_3, lora_4)
-    return "|".join(_file_state(name) for name in chosen if name not in (NONE, None))
+    own = [_file_state(name) for name in chosen if name not in (NONE, None)]
+    return "|".join([*own, *([_foreign_state()] if "lora_stack" in others else [])])
+
+
+def _foreign_state() -> str:
+    """Changes when a file behind a linked stack does: hosts tell that there is a link, not yet what comes over it.
+
+    So all files that such stacks have named are looked at; it counts their changes, for naming one more is none.
+    """
+    for path, before in _foreign_states.items():
+        _foreign_states[path] = now = _stamp(path) if path.exists() else "gone"
+        if now != before:
+            _foreign_changes.append(path)
+    return f"linked {len(_foreign_changes)}"
 
 
 def _load(host: Host, name: str) -> Lora:
@@ -156,9 +171,11 @@ def _foreign(entries: Sequence[Any]) -> Iterator[tuple[str, float, float]]:
 def _listed(name: str, number: int) -> str:
     """The name, if a loras folder (or the list of published ones) has it."""
     try:
-        locate(current(), name, FOLDERS, PUBLISHED)
+        located = locate(current(), name, FOLDERS, PUBLISHED)
     except FluxError as error:
         raise FluxError(f"LoRA Stack: entry {number} of lora_stack: {error}") from error
+    if isinstance(located, Path):
+        _foreign_states[located] = _stamp(located)
     return name
 
 

@@ -23,6 +23,8 @@ CLIP = "encoder.layers.0.self_attn.q_proj"
 def nothing_read(monkeypatch):
     """No LoRA is held from another test."""
     monkeypatch.setattr(nodes, "_read", {})
+    monkeypatch.setattr(nodes, "_foreign_states", {})
+    monkeypatch.setattr(nodes, "_foreign_changes", [])
 
 
 def matrices(linear, seed: int, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +84,7 @@ def test_the_node_shows_format_layers_ranks_and_what_is_unused(write, host, run)
     write("odd.safetensors", clip=True, **{"lora_unet_double_blocks_0_img_attn_nothing.weight": torch.zeros(2)})
     run("LoadLora", lora="odd.safetensors")
     said = host.texts[-1]
-    assert "kohya" in said and "rank 4" in said and "3 layers of the transformer" in said and "1 layers of CLIP" in said
+    assert "kohya" in said and "rank 4" in said and "3 layers of the transformer" in said and "1 layer of CLIP" in said
     assert "unused: 1: lora_unet_double_blocks_0_img_attn_nothing.weight" in said
 
 
@@ -201,6 +203,28 @@ def test_the_stack_of_another_pack_is_read(write, demo, run):
     told = [(entry.lora.name, entry.weight, entry.text_weight) for entry in stack.entries]
     assert told == [("b", 0.1, 0.1), ("a", 0.5, 0.25), ("b", 1, 0)]
     assert run("ApplyLora", model=demo.model, loras=stack, text=demo.text)[0].loras == stack
+
+
+def test_a_file_behind_another_packs_stack_that_changes_makes_the_stack_run_again(write, run):
+    """A host asks before a run, when what is linked has no value yet; without a link nothing of this counts."""
+    changed = NODE_CLASS_MAPPINGS["FluxCanvas_LoraStack"].IS_CHANGED
+    empty = dict.fromkeys(("lora_1", "lora_2", "lora_3", "lora_4"), "none")
+
+    def told() -> tuple[str, str]:
+        return changed(**empty, lora_stack=None), changed(**empty)
+
+    before, path = told(), write("a.safetensors")
+    given = [("a.safetensors", 0.5, 0.5)]
+    first = run("LoraStack", lora_stack=given)[0].entries[0].lora
+    assert told() == before == told()
+    write("a.safetensors", seed=9)
+    os.utime(path, ns=(1, 1))
+    after = told()
+    assert after[0] != before[0] and after[1] == before[1] and told() == after
+    second = run("LoraStack", lora_stack=given)[0].entries[0].lora
+    assert second is not first and not torch.equal(second.patches[0].down, first.patches[0].down)
+    path.unlink()
+    assert told()[0] not in (before[0], after[0])
 
 
 @pytest.mark.parametrize(
