@@ -15,6 +15,7 @@ from .packed import Packed
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LARGEST = 448.0  # of float8_e4m3fn; some versions of PyTorch make NaN of what lies beyond, so it is clamped first
+SIDES = ("scale_weight", "scale_input")  # what may stand beside a weight
 TINIEST = torch.finfo(torch.float32).tiny  # a smaller scale would lose its own digits
 MULTIPLE = 16  # the fp8 product wants both sizes of the weight to be multiples of this
 
@@ -61,7 +62,13 @@ class Fp8(Packed):
                 f"a weight {list(weight.shape)} of {weight.dtype} is no fp8 matrix of {list(shape)}; "
                 "download the file again"
             )
-        scale, input_scale = sides.get("scale_weight"), sides.get("scale_input")
+        odd = ", ".join(name[:40] for name in sides if name not in SIDES)
+        if odd:
+            raise FluxError(
+                f"an fp8 weight has {' and '.join(SIDES)} beside it and no {odd}: it is packed by another scheme; "
+                "download the file again"
+            )
+        scale, input_scale = map(sides.get, SIDES)
         return cls(
             weight,
             None if scale is None else _column(scale, "scale_weight", shape[0]),

@@ -123,6 +123,11 @@ class TestStored:
         with pytest.raises(FluxError):
             Fp8.from_stored(weight, sides, (OUT, IN), {})
 
+    def test_names_what_does_not_belong_to_fp8(self):
+        weight, sides = numbers(OUT, IN).to(FORMATS[0]), {"_weight_scale": torch.ones(OUT)}
+        with pytest.raises(FluxError, match="and no _weight_scale: it is packed by another scheme; download"):
+            Fp8.from_stored(weight, sides, (OUT, IN), {})
+
 
 def in_fp8(x, pack, bias, scale_x):
     """The product with both sides rounded to fp8, written out in float64."""
