@@ -27,6 +27,13 @@ class Schedule:
     base_tokens: int = 256
     max_tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        if self.dynamic and self.base_tokens == self.max_tokens:
+            raise FluxError(
+                f"base_image_seq_len and max_image_seq_len are both {self.base_tokens}, and the shift follows a line "
+                "between the two: correct them in scheduler_config.json (FLUX.1 dev: 256 and 4096)"
+            )
+
     def mu(self, tokens: int) -> float:
         """The log shift for a canvas of so many tokens: linear through (256, 0.5) and (4096, 1.15), not clamped."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)

@@ -131,6 +131,7 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
     params = skeletons["transformer"].params
     _check_together(params, components)
     chosen = choose_variant(params, wishes.variant, sources.variant_hint)
+    schedule = choose_schedule(chosen, sources.schedule)
     text_parts = _tokenizers(components, wishes.tokenizers, sources.folders, wishes.search)
     schemes = _schemes(wishes.quantize, components)
     dtype = choose_dtype(wishes.dtype, main_device(wishes.device), _plain_numbers(components, schemes))
@@ -145,7 +146,7 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
         _notes(sources),
     )
     _warn_unused(report, sources)
-    return _assemble(modules, text_parts, chosen, choose_schedule(chosen, sources.schedule), report)
+    return _assemble(modules, text_parts, chosen, schedule, report)
 
 
 def _schemes(quantize: str | Mapping[str, str] | None, components: Mapping[str, Component]) -> dict[str, str]:

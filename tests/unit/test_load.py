@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fluxcanvas.flux_runtime import FluxError, load_flux, load_parts
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
 from fluxcanvas.flux_runtime.variants import VARIANTS
+from fluxcanvas.flux_runtime.weights import build
 from fluxcanvas.flux_runtime.weights.devices import choose_dtype
 from fluxcanvas.flux_runtime.weights.files import TensorFile
 from fluxcanvas.flux_runtime.weights.identity import choose_schedule
@@ -257,6 +258,14 @@ class TestVariants:
             }  # fmt: skip
             schedule = choose_schedule(VARIANTS["dev"], config)
             assert (schedule.base_shift, schedule.max_tokens, schedule.shift) == (0.4, 8192, 3.0) and schedule.dynamic
+
+    def test_a_schedule_that_cannot_be_is_told_before_anything_is_read(self, folder, load, monkeypatch):
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"base_image_seq_len": 4096, "max_image_seq_len": 4096}))
+        monkeypatch.setattr(build, "fill", lambda *_: pytest.fail("read something"))
+        with pytest.raises(FluxError, match="are both 4096"):
+            load(folder)
 
 
 class TestReport:

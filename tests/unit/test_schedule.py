@@ -14,6 +14,12 @@ def test_mu_is_linear_in_the_tokens_and_not_clamped(tokens, mu):
     assert DEV.mu(tokens) == pytest.approx(mu, abs=1e-6)
 
 
+def test_a_line_through_one_point_is_refused_where_it_is_used():
+    with pytest.raises(FluxError, match=r"base_image_seq_len and max_image_seq_len are both 1024.*scheduler_config"):
+        Schedule(base_tokens=1024, max_tokens=1024)
+    assert Schedule(dynamic=False, base_tokens=1024, max_tokens=1024).sigmas(1, 64).tolist() == [1.0, 0.0]
+
+
 def test_dev_at_a_megapixel():
     sigmas = DEV.sigmas(4, 4096)
     assert sigmas.dtype == torch.float32
