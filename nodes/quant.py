@@ -91,7 +91,7 @@ def _quantised(host: Host, part: str, module: nn.Module, chosen: str, keep: Sequ
 
     host.free_memory(int(sum(p.numel() for p in module.parameters()) * scheme(chosen).bits / 8))
     tell = _telling(host, f"quantising the {part}")
-    made, summary = quantise(module, chosen, keep=(*KEPT, *keep), progress=tell)
+    made, summary = quantise(module, chosen, keep=(*KEPT, *keep), part=part, progress=tell)
     kept = f"\n  as they were: {listed(list(summary.kept))}" if summary.kept else ""
     return made, f"{part}: {summary}{kept}"
 

@@ -68,12 +68,17 @@ class Quantiser:
         dtype: torch.dtype | None = None,
         *,
         keep: Iterable[str] = KEPT,
+        part: str = "model",
     ) -> None:
-        """`device` and `dtype` are what the model will compute on and in; `keep` are names or patterns of layers."""
+        """`device` and `dtype` are what the model will compute on and in; `keep` are names or patterns of layers.
+
+        `part` is what errors call the model.
+        """
         self.scheme: Scheme = scheme_of(scheme)
         self.scheme.require(device)
         self.dtype = dtype
         self.keep = tuple(keep)
+        self.part = part
         self._kept: dict[str, str] = {}
         self._errors: dict[str, float] = {}
         self._already = self._before = self._after = 0
@@ -125,8 +130,8 @@ class Quantiser:
         foreign = [p for p in linear.packs if not isinstance(p, Fp8) and _in_scheme(p, self.scheme) is None]
         if foreign:
             raise FluxError(
-                f"{name} is already stored as {foreign[0].scheme}; load the bf16 file of the model to quantise it to "
-                f"{self.scheme.name}"
+                f"the {self.part} is already stored as {foreign[0].scheme} ({name}); load its bf16 file to quantise "
+                f"it to {self.scheme.name}, or choose none for the {self.part}"
             )
 
     def _reason(self, name: str) -> str:
@@ -166,15 +171,20 @@ def _in_scheme(pack: Packed, wanted: Scheme) -> Packed | None:
 
 
 def quantise(
-    module: nn.Module, scheme: str, *, keep: Iterable[str] = KEPT, progress: Callable[[float], None] | None = None
+    module: nn.Module,
+    scheme: str,
+    *,
+    keep: Iterable[str] = KEPT,
+    part: str = "model",
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[nn.Module, Summary]:
     """A copy of a model with its linear layers packed by the scheme of that name; all else is the same memory.
 
-    `keep` are names or patterns of layers that stay plain. `progress` is told the fraction done. The model itself
+    `keep` are names or patterns of layers that stay plain, `part` is what errors call the model. `progress` is told the fraction done. The model itself
     stays as it is. Raises `FluxError` where the scheme cannot be had, or the model is packed otherwise already.
     """
     first = next(module.parameters())
-    pack = Quantiser(scheme, first.device, getattr(module, "dtype", first.dtype), keep=keep)
+    pack = Quantiser(scheme, first.device, getattr(module, "dtype", first.dtype), keep=keep, part=part)
     layers = {n: m for n, m in module.named_modules() if type(m) is nn.Linear or isinstance(m, PackedLinear)}
     for name, layer in layers.items():
         pack.refuse(name, layer)

@@ -64,7 +64,7 @@ def load_flux(
 
     `device` is one for all parts, or a table by part (`transformer`, `clip`, `t5`, `vae`), or `balanced` over all GPUs.
     `quantize` packs plain weights while they are read: a scheme (`fp8`, `bnb-nf4`, ... see `quant.SCHEMES`) for the
-    transformer and T5, or a table by part. A bare transformer is completed from the model folders in `search`, where
+    transformer and for T5, which stays as it is where its file has it packed; or a table by part. A bare transformer is completed from the model folders in `search`, where
     tokenizers are looked for too; `progress` is told what is being done and the fraction done of it. Whatever cannot
     be loaded is a `FluxError` with the remedy.
     """
@@ -137,27 +137,48 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
     dtype = choose_dtype(wishes.dtype, main_device(wishes.device), _plain_numbers(components, schemes))
     sizes = {kind: _held_bytes(components[kind], schemes.get(kind), dtype) for kind in skeletons}
     places = place(sizes, wishes.device)
-    packers = {part: Quantiser(name, places[part], dtype) for part, name in schemes.items()}
+    packers = {part: Quantiser(name, places[part], dtype, part=LABELS[part]) for part, name in schemes.items()}
     modules = _fill_all(components, skeletons, places, dtype, packers, wishes.progress)
     report = Report(
         sources.name,
         tuple(build.describe(components[kind], fit, _note(modules[kind], dtype)) for kind, fit in fits.items()),
         chosen.name,
-        _notes(sources),
+        (*_notes(sources), *_left_packed(wishes.quantize, components, schemes)),
     )
     _warn_unused(report, sources)
     return _assemble(modules, text_parts, chosen, schedule, report)
 
 
 def _schemes(quantize: str | Mapping[str, str] | None, components: Mapping[str, Component]) -> dict[str, str]:
-    """The scheme of each part that is to be quantised while it is read; one name means the transformer and T5."""
+    """The scheme of each part that is to be quantised while it is read.
+
+    One name means the transformer, and T5 too unless it is packed already: nobody asked for T5 by name.
+    """
     if not quantize:
         return {}
-    table = dict.fromkeys(("transformer", "t5"), quantize) if isinstance(quantize, str) else dict(quantize)
+    if isinstance(quantize, str):
+        packed = "t5" in components and _packing_of(components["t5"])
+        quantize = dict.fromkeys(("transformer",) if packed else ("transformer", "t5"), quantize)
+    table = dict(quantize)
     odd = [part for part in table if part not in KINDS]
     if odd:
         raise FluxError(f"{odd[0]!r} is no part of a model: name schemes for {', '.join(KINDS)}")
     return {part: name for part, name in table.items() if part in components and name}
+
+
+def _packing_of(component: Component) -> str:
+    """How a part's file has it packed; an empty text where it does not, or in fp8, which is quantised anew."""
+    packings = (stored.packing for t in component.tensors.values() for stored in t.sources)
+    return next((packing.title for packing in packings if packing and packing.scheme != "fp8"), "")
+
+
+def _left_packed(
+    quantize: str | Mapping[str, str] | None, components: Mapping[str, Component], schemes: Mapping[str, str]
+) -> tuple[str, ...]:
+    """A word on T5 where it is left out of what one name asks for."""
+    if not isinstance(quantize, str) or not quantize or "t5" not in components or "t5" in schemes:
+        return ()
+    return (f"the {LABELS['t5']} stays {_packing_of(components['t5'])}, as its file has it, and not {quantize}",)
 
 
 def _held_bytes(component: Component, scheme: str | None, dtype: torch.dtype) -> int:

@@ -55,5 +55,19 @@ def test_float8_of_quanto_from_a_plain_fp8_file(parts, rename, load):
 def test_weights_that_are_packed_otherwise_are_refused(demo, tmp_path):
     path = tmp_path / "flux1-nf4.safetensors"
     save_module(quantise(demo.transformer, "bnb-nf4")[0], path)
-    with pytest.raises(FluxError, match="already stored as bnb-nf4; load the bf16 file of the model to quantise it to"):
+    said = r"the transformer is already stored as bnb-nf4 \(.*\.lin\); load its bf16 file to quantise it to torchao-int8"
+    with pytest.raises(FluxError, match=said):
         load_parts(transformer=path, clip=None, t5=None, vae=None, device="cpu", quantize="torchao-int8")
+
+
+def test_a_packed_t5_is_left_as_it_is_unless_it_is_named(parts, tokenizers, tmp_path, demo):
+    plain = {"tokenizers": tokenizers, "device": "cpu", "dtype": "bf16"}
+    packed = quantise(load_parts(**parts, **plain).text.t5, "bnb-nf4")[0]
+    given = {**parts, **plain, "t5": tmp_path / "t5-nf4.safetensors"}
+    save_module(packed, given["t5"])
+    report = load_parts(**given, quantize="fp8").report
+    assert "as fp8" in report.part("transformer").note and "as fp8" not in report.part("t5").note
+    assert "the T5 text encoder stays bnb-4bit nf4, as its file has it, and not fp8" in report.text()
+    assert "stays" not in load_parts(**{**given, "t5": parts["t5"]}, quantize="fp8").report.text()
+    with pytest.raises(FluxError, match=r"the T5 text encoder is already stored as bnb-nf4.*choose none for the T5"):
+        load_parts(**given, quantize={"t5": "fp8"})
