@@ -11,7 +11,7 @@ from torch import nn
 from .lora.apply import linear_at
 from .lora.stack import Entry, LoraStack
 from .quant.packed import Packed, PackedLinear
-from .weights.report import human, listed
+from .weights.report import counted, human, listed
 
 if TYPE_CHECKING:
     from .flux import FluxModel
@@ -91,12 +91,12 @@ def _lora(part: str, module: nn.Module, entry: Entry) -> list[str]:
     """What one LoRA changes of this part; nothing where it has no layers for it."""
     lora, layers = entry.lora, entry.lora.layers.get(part, {})
     absent = [name for name in layers if linear_at(module, name) is None]
-    values = len(lora.values) if part == "transformer" else 0
-    if not layers and not values:
+    changed = len(lora.norms.get(part, {}))
+    if not layers and not changed:
         return []
     weight = entry.weight if part == "transformer" or entry.text_weight is None else entry.text_weight
     factors = "".join(f", {factor.selector}: {factor.factor:g}" for factor in entry.factors)
-    norms = f", {values} tensors set whole" if values else ""
+    norms = f", {counted(changed, 'tensor')} of norms" if changed else ""
     lines = [
         f"  LoRA {lora.name} ({lora.format}) at {weight:g}{factors}: "
         f"{len(layers) - len(absent)} of its {len(layers)} layers{norms}"

@@ -3,13 +3,15 @@
 Low-rank changes, LoKr and DoRA that measures rows act beside their layer, whatever its weight is stored as. What would
 double the work of a step there (LoHa, whole differences, DoRA that measures columns) goes into a copy of a plain weight
 for that time, and beside a packed one, which is never packed anew. A control LoRA widens the input and sets norms.
+Whole tensors take their places first, so that the changes of all LoRAs count with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ..model.transformer import FluxTransformer
 from ..quant.packed import PackedLinear, weight_of
 from ..variants import FluxParams
 from .magnitudes import settled
-from .patches import rows_of
+from .patches import Instead, NormChange, rows_of
 from .sides import PatchedLinear, Weighted, sides_of
 from .stack import LoraStack
 
@@ -41,9 +43,7 @@ def applied(transformer: FluxTransformer, stack: LoraStack, mode: str = "auto") 
     with ExitStack() as undo:
         if stack:
             _widen(transformer, widened(transformer.params, stack), undo)
-            for entry in stack.entries:
-                for name, value in entry.lora.values.items() if entry.weight else ():
-                    _set_value(transformer, name, value, undo)
+            _set_norms(transformer, stack.norms("transformer"), undo)
             _patch(transformer, stack.patches("transformer"), mode, undo)
         yield
 
@@ -56,6 +56,7 @@ def applied_to_encoder(encoder: nn.Module, part: str, stack: LoraStack) -> Itera
     """
     with ExitStack() as undo:
         if stack:
+            _set_norms(encoder, stack.norms(part), undo)
             _patch(encoder, stack.patches(part), "beside", undo)
         yield
 
@@ -77,12 +78,16 @@ def _widen(transformer: FluxTransformer, params: FluxParams, undo: ExitStack) ->
     """Give the input layer columns of zeros, beside which a control LoRA's numbers count alone."""
     if params == transformer.params:
         return
-    old, before = transformer.img_in, transformer.params
+    old = transformer.img_in
     weight = weight_of(old, transformer.dtype)
     extra = weight.new_zeros(weight.shape[0], params.in_channels - weight.shape[1])
-    undo.callback(setattr, transformer, "params", before)
-    undo.callback(setattr, transformer, "img_in", old)
-    transformer.img_in, transformer.params = _plain(torch.cat([weight, extra], dim=1), old.bias), params
+    _put(transformer, "params", params, undo)
+    _put(transformer, "img_in", _plain(torch.cat([weight, extra], dim=1), old.bias), undo)
+
+
+def _put(module: nn.Module, attribute: str, new: Any, undo: ExitStack) -> None:
+    undo.callback(setattr, module, attribute, getattr(module, attribute))
+    setattr(module, attribute, new)
 
 
 def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
@@ -91,19 +96,37 @@ def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def _set_value(transformer: FluxTransformer, name: str, value: Tensor, undo: ExitStack) -> None:
-    """Put a whole tensor (a norm's scale, seldom a weight) in the place of the model's own."""
-    path, _, attribute = name.rpartition(".")
-    module = transformer.get_submodule(path)
-    if isinstance(module, PackedLinear):
-        owner, _, attribute = path.rpartition(".")
-        new = _plain(value.to(_numbers(transformer, module)), module.bias)
-        old, module = module, transformer.get_submodule(owner)
-    else:
-        old = getattr(module, attribute)
-        new = nn.Parameter(value.to(old), requires_grad=False)
-    undo.callback(setattr, module, attribute, old)
-    setattr(module, attribute, new)
+def _set_norms(model: nn.Module, norms: Mapping[str, Sequence[tuple[NormChange, float]]], undo: ExitStack) -> None:
+    """Put other tensors in the places of norms' own: the last whole one, or the own, and all differences."""
+    for name, changes in norms.items():
+        place = norm_at(model, name)
+        if place is None:  # `fit` has told which the model does not have
+            continue
+        old = getattr(*place)
+        wholes = [change.whole for change, _ in changes if change.whole is not None]
+        new = (wholes or [old])[-1].to(old.device, torch.float32)
+        for change, weight in changes:
+            if change.diff is not None:
+                new = new + weight * change.diff.to(new)
+        _put(*place, nn.Parameter(new.to(old), requires_grad=False), undo)
+
+
+def _set_whole(owner: nn.Module, child: str, patches: Sequence[Instead], like: Tensor, undo: ExitStack) -> None:
+    """Put whole weights and biases, or rows of them, in the places of a linear layer's own."""
+    base = getattr(owner, child)
+    if any(patch.diff is not None for patch in patches):
+        weight = weight_of(base, like.dtype).clone()
+        for patch in patches:
+            if patch.diff is not None:
+                rows_of(weight, patch.rows)[:, : patch.shape[1]] = patch.diff.to(weight)
+        base = _plain(weight, base.bias)
+        _put(owner, child, base, undo)
+    biases = [patch for patch in patches if patch.bias is not None]
+    if biases:
+        bias = like.new_zeros(base.out_features) if base.bias is None else base.bias.detach().clone()
+        for patch in biases:
+            rows_of(bias, patch.rows).copy_(patch.bias)
+        _put(base, "bias", nn.Parameter(bias, requires_grad=False), undo)
 
 
 def _patch(model: nn.Module, layers: dict[str, list[Weighted]], mode: str, undo: ExitStack) -> None:
@@ -112,15 +135,18 @@ def _patch(model: nn.Module, layers: dict[str, list[Weighted]], mode: str, undo:
         if place is None:  # `fit` has told which layers the model does not have
             continue
         owner, child = place
+        like = _numbers(model, getattr(owner, child))
+        _set_whole(owner, child, [patch for patch, _ in patches if isinstance(patch, Instead)], like, undo)
         base = getattr(owner, child)
-        patches = [(settled(patch, base), weight) for patch, weight in patches]
-        if _merges(patches, base, mode):
+        changes = [(settled(patch, base), weight) for patch, weight in patches if not isinstance(patch, Instead)]
+        if not changes:
+            continue
+        if _merges(changes, base, mode):
             undo.callback(setattr, base, "weight", base.weight)
             undo.callback(setattr, base, "bias", base.bias)
-            _merge(base, patches)
+            _merge(base, changes)
         else:
-            undo.callback(setattr, owner, child, base)
-            setattr(owner, child, PatchedLinear(base, sides_of(patches, base, _numbers(model, base))))
+            _put(owner, child, PatchedLinear(base, sides_of(changes, base, like)), undo)
 
 
 def _numbers(model: nn.Module, base: nn.Module) -> Tensor:
@@ -152,16 +178,23 @@ def _merge(base: nn.Linear, patches: Sequence[Weighted]) -> None:
 
 
 def linear_at(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module that owns a linear layer, and the layer's name in it; None where the model has no such layer.
+    """The module that owns a linear layer, and the layer's name in it; None where the model has no such layer."""
+    return _place(model, name, (nn.Linear, PackedLinear))
 
-    CLIP's layers lie one deeper in some versions of transformers.
-    """
+
+def norm_at(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """A norm, and the name of its weight or bias; None where the model has no such tensor."""
+    return _place(model, name, nn.Parameter)
+
+
+def _place(model: nn.Module, name: str, kinds: type | tuple[type, ...]) -> tuple[nn.Module, str] | None:
+    """CLIP's layers lie one deeper in some versions of transformers."""
     for path in (name, f"text_model.{name}"):
         owner, _, child = path.rpartition(".")
         try:
             module = model.get_submodule(owner)
         except AttributeError:
             continue
-        if isinstance(getattr(module, child, None), (nn.Linear, PackedLinear)):
+        if isinstance(getattr(module, child, None), kinds):
             return module, child
     return None

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import FluxError
-from ..quant.packed import PackedLinear
-from .apply import linear_at
-from .patches import Full, Patch
+from .apply import linear_at, norm_at
+from .patches import Full, NormChange, Patch
 
 if TYPE_CHECKING:
     from .formats import Lora
@@ -21,19 +20,21 @@ LABELS = {"transformer": "transformer", "clip": "CLIP", "t5": "T5"}
 
 @dataclass(frozen=True)
 class LoraFit:
-    """What a model takes of a LoRA: layers matched in each part, layers it does not have, and names nobody knows."""
+    """What a model takes of a LoRA: layers and norms matched, those it does not have, and names nobody knows."""
 
     lora: Lora
     matched: Mapping[str, int]
     absent: tuple[str, ...]
     without: tuple[str, ...]  # parts that the LoRA changes and that were not given
+    norms: int = 0  # tensors of norms
 
     def text(self) -> str:
         """A line or two for the node and the log."""
         from ..weights.report import counted, listed
 
-        done = ", ".join(counted(count, f"{LABELS[part]} layer") for part, count in self.matched.items() if count)
-        lines = [f"{self.lora.name} ({self.lora.format}): {done}"]
+        done = [counted(count, f"{LABELS[part]} layer") for part, count in self.matched.items() if count]
+        done += [f"{counted(self.norms, 'tensor')} of norms"] if self.norms else []
+        lines = [f"{self.lora.name} ({self.lora.format}): {', '.join(done)}"]
         if self.absent:
             lines.append(f"  not in this model: {listed(self.absent)}")
         if self.without:
@@ -52,11 +53,16 @@ def fit(lora: Lora, models: Mapping[str, nn.Module]) -> LoraFit:
             lacking = [name for name, patches in layers.items() if not _fits(models[part], name, patches, lora)]
             matched[part] = len(layers) - len(lacking)
             absent += lacking
-    changed = sum(matched.values()) + _values_fit(lora, models.get("transformer"))
-    without = tuple(part for part in lora.layers if part not in models and lora.layers[part])
-    if not changed:
+    norms = [(part, name, change) for part, some in lora.norms.items() for name, change in some.items()]
+    lacking = [
+        name for part, name, change in norms if part in models and not _norm_fits(models[part], name, change, lora)
+    ]
+    absent += lacking
+    count = sum(part in models for part, *_ in norms) - len(lacking)
+    without = tuple(part for part in LABELS if part not in models and (lora.layers.get(part) or lora.norms.get(part)))
+    if not count and not any(matched.values()):
         raise FluxError(f"the LoRA {lora.name} changes nothing of this model{_reason(absent, without)}")
-    return LoraFit(lora, matched, tuple(absent), without)
+    return LoraFit(lora, matched, tuple(absent), without, count)
 
 
 def _reason(absent: Sequence[str], without: Sequence[str]) -> str:
@@ -93,15 +99,12 @@ def _check_size(patch: Patch, name: str, out: int, into: int, lora: Lora) -> Non
         )
 
 
-def _values_fit(lora: Lora, transformer: nn.Module | None) -> int:
-    if transformer is None:
-        return 0
-    own = {name: tensor.shape for name, tensor in transformer.named_parameters()}
-    packed = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
-    own |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in packed.items()}
-    for name, value in lora.values.items():
-        if own.get(name) != value.shape:
-            raise FluxError(
-                f"the LoRA {lora.name} sets {name}, which this model has not in that size; it is made for another"
-            )
-    return len(lora.values)
+def _norm_fits(model: nn.Module, name: str, change: NormChange, lora: Lora) -> bool:
+    place = norm_at(model, name)
+    if place is None:
+        return False
+    if change.shapes != {getattr(*place).shape}:
+        raise FluxError(
+            f"the LoRA {lora.name} changes {name}, which this model has in another size; choose one for this model"
+        )
+    return True

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FluxError
 from .names import Target
-from .patches import Full, Hadamard, Kronecker, LowRank, Magnitude, Patch
+from .patches import Full, Hadamard, Instead, Kronecker, LowRank, Magnitude, Patch
 
 _FLOATS = tuple(
     getattr(torch, name)
@@ -64,7 +64,8 @@ def build(found: Found, alpha: Alpha) -> tuple[tuple[Patch, ...], set[str]]:
         changes = [_magnitude(found, changes[0])]
         used.add("lengths")
     changes, biases = _with_bias(found, changes)
-    used |= biases
+    replaced, wholes = _instead(found)
+    changes, used = [*changes, *replaced], used | biases | wholes
     if found.target.swap:
         changes = [exchanged(patch) for patch in changes]
     placed = [patch for change in changes if (patch := _placed(found, change)) is not None]
@@ -171,6 +172,18 @@ def _with_bias(found: Found, changes: list[Patch]) -> tuple[list[Patch], set[str
         total = bias if total is None else total.float() + bias.float()
     first = changes[0] if changes else Full()
     return [replace(first, bias=total), *changes[1:]], used
+
+
+def _instead(found: Found) -> tuple[list[Instead], set[str]]:
+    """What takes the place of the layer's own weight (as ComfyUI or as PEFT writes it) and of its bias (PEFT)."""
+    weight = next((slot for slot in ("set_weight", "whole") if slot in found.tensors), None)
+    used = {weight, "whole_b"} & found.tensors.keys()
+    if not used:
+        return [], set()
+    matrix = found.take(weight) if weight else None
+    length = len(matrix) if weight else found.tensors["whole_b"].numel()
+    bias = found.vector("whole_b", length) if "whole_b" in used else None
+    return [Instead(diff=matrix, bias=bias)], used
 
 
 def _placed(found: Found, patch: Patch) -> Patch | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from ..weights.report import counted, listed
 from . import foreign
 from .alphas import Alphas, read_alphas
 from .flavours import Found, build, checked_alpha
-from .names import Name, Target, format_of, take_apart
-from .patches import Full, Hadamard, Kronecker, LowRank, Magnitude, Patch
+from .names import WHOLE, Name, format_of, take_apart
+from .patches import Full, Hadamard, Instead, Kronecker, LowRank, Magnitude, NormChange, Patch
 
 CHUNK = 1 << 24  # numbers looked at in one go
 
 Layers = Mapping[str, Mapping[str, tuple[Patch, ...]]]  # part -> native linear's name -> its patches
+Norms = Mapping[str, Mapping[str, NormChange]]  # part -> native name of a norm's weight or bias -> its change
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Lora:
     path: Path
     format: str  # in plain words: kohya, diffusers, XLabs ...
     layers: Layers
-    values: Mapping[str, Tensor] = field(default_factory=dict)  # transformer's tensors to set whole, by native name
+    norms: Norms = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     in_channels: int = 0  # of the input that `img_in` reads (a control LoRA: 128), told by its patches; 0 without any
     notes: tuple[str, ...] = ()
@@ -54,14 +55,25 @@ class Lora:
         return tuple(patch for layers in self.layers.values() for some in layers.values() for patch in some)
 
     @property
+    def norm_changes(self) -> tuple[NormChange, ...]:
+        return tuple(change for changes in self.norms.values() for change in changes.values())
+
+    @property
+    def differs(self) -> bool:
+        """Whether it changes anything at all relative to what a model has."""
+        relative = not all(isinstance(patch, Instead) for patch in self.patches)
+        return relative or any(change.diff is not None for change in self.norm_changes)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Part of the model -> how many of its layers are changed."""
         return {part: len(layers) for part, layers in self.layers.items()}
 
     @property
     def flavours(self) -> tuple[str, ...]:
-        """Which kinds of change occur, the most frequent first."""
-        return tuple(flavour for flavour, _ in Counter(map(_flavour, self.patches)).most_common())
+        """Which kinds of change occur, the most frequent first; a file of norms alone holds differences."""
+        found = tuple(flavour for flavour, _ in Counter(map(_flavour, self.patches)).most_common())
+        return found or (_flavour(Full()),)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -74,7 +86,12 @@ class Lora:
         parts = [f"{counted(count, 'layer')} of {_PARTS[part]}" for part, count in self.counts.items()]
         head = ", ".join(filter(None, [f"{self.format} {' + '.join(self.flavours)}", ranks, *parts]))
         lines = [f"{self.name}: {head}", f"  {self.total - len(self.unused)} of {self.total} tensors used"]
-        lines += [f"  {len(self.values)} norms and other tensors are set whole"] if self.values else []
+        whole = sum(change.whole is not None for change in self.norm_changes)
+        added = sum(change.diff is not None for change in self.norm_changes)
+        lines += [f"  {counted(added, 'tensor')} of norms changed by a difference"] if added else []
+        lines += [f"  {counted(whole, 'tensor')} of norms set whole"] if whole else []
+        if whole or any(isinstance(patch, Instead) for patch in self.patches):
+            lines.append("  what is whole counts fully at every weight but 0")
         lines += [f"  reads {self.in_channels} channels of input"] if self.in_channels else []
         lines += [f"  {note}" for note in (*self.notes, *_alpha_notes(self.patches))]
         return "\n".join(lines + ([f"  unused: {listed(self.unused)}"] if self.unused else []))
@@ -99,7 +116,9 @@ def _flavour(patch: Patch) -> str:
     if isinstance(patch, Magnitude):
         inner = _flavour(patch.change)
         return "DoRA" if inner == "LoRA" else f"{inner} with DoRA"
-    return {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa", Full: "full difference"}[type(patch)]
+    return {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa", Full: "full difference", Instead: "whole weight"}[
+        type(patch)
+    ]
 
 
 def _rank(patch: Patch) -> int:
@@ -161,28 +180,29 @@ class _Reader:
         alphas = read_alphas(self.file.path, self.file.header.metadata)
         for base, found in self._by_layer().items():
             self._add(base, found, alphas)
-        if not self.layers:  # scales alone are no LoRA, but a model
-            raise FluxError(f"{self.file.path} is no LoRA for FLUX.1: {self._what_else()}")
-        values = self._values()
-        self._refuse_look_alikes()
+        norms = self._norms()
         entries = self.file.header.entries
         unused = tuple(text for text in entries if text not in self.used)
         known = format_of([self.names[text] for text in self.used])
-        return Lora(
+        lora = Lora(
             title,
             self.file.path,
             known,
             self.layers,
-            values,
+            norms,
             unused,
             notes=tuple(self.notes),
             tensors=self.used,
             total=len(entries),
         )
+        if not lora.differs:  # whole tensors alone are no LoRA, but a model or a part of one
+            raise FluxError(f"{self.file.path} is no LoRA for FLUX.1: {self._what_else()}")
+        self._refuse_look_alikes()
+        return lora
 
     def _refuse_other_models(self) -> None:
         model = foreign.other_model(self.file.tensors())
-        if model and any(name.slot != "value" for name in self.names.values()):
+        if model and any(name.slot not in WHOLE for name in self.names.values()):
             raise FluxError(f"{self.file.path} is a LoRA for {model}, not for FLUX.1; use one made for FLUX.1")
 
     def _refuse_look_alikes(self) -> None:
@@ -214,7 +234,7 @@ class _Reader:
         found: dict[str, Found] = {}
         owner: dict[tuple[str, str, int | None], str] = {}
         for text, name in self.names.items():
-            if name.target.value or name.slot in ("value", "set_weight", "reshape_weight"):
+            if name.target.norm or name.slot == "reshape_weight":
                 continue
             place = (name.target.part, name.target.layer, name.target.above)
             if owner.setdefault(place, name.base) != name.base:
@@ -246,16 +266,19 @@ class _Reader:
     def _read(self, found: Found, slot: str) -> Tensor:
         return found.tensors[slot] if slot in found.tensors else self.file.read(found.names[slot])
 
-    def _values(self) -> dict[str, Tensor]:
-        """Tensors that are set whole, and the sizes of widened layers, which their matrices tell as well."""
-        values: dict[str, Tensor] = {}
+    def _norms(self) -> dict[str, dict[str, NormChange]]:
+        """What is said of norms; and the sizes of widened layers are read, which their matrices tell as well."""
+        norms: dict[str, dict[str, NormChange]] = {}
         for text, name in self.names.items():
-            native = _value_name(name)
-            if native and native not in values:
-                values[native] = self.used[text] = self._value(text)
+            native, kind = _norm_tensor(name)
+            changes = norms.setdefault(name.target.part, {}) if native else {}
+            change = changes.get(native, NormChange())
+            if native and getattr(change, kind) is None:  # the first of two spellings counts, the other is unused
+                self.used[text] = self._value(text)
+                changes[native] = replace(change, **{kind: self.used[text]})
             elif name.slot == "reshape_weight" and name.target.layer in self.layers.get("transformer", {}):
                 self.used[text] = self.file.read(text)
-        return values
+        return norms
 
     def _value(self, text: str) -> Tensor:
         tensor = self.file.read(text)
@@ -268,10 +291,16 @@ def _telling(name: Name) -> tuple[str, str]:
     return name.origin, name.target.layout
 
 
-def _value_name(name: Name) -> str:
-    """The native tensor that a name sets whole, if it does."""
-    target: Target = name.target
-    if target.value:
-        return target.layer if name.slot in ("value", "set_weight") else ""
-    whole = name.slot == "set_weight" and target.above is None and not target.swap and target.part == "transformer"
-    return f"{target.layer}.weight" if whole else ""
+# What a tensor is to a norm -> whether it is of its bias, and what it says of that or of its weight.
+_OF_NORMS = {
+    "whole": (False, "whole"), "set_weight": (False, "whole"), "whole_b": (True, "whole"),
+    "diff": (False, "diff"), "w_norm": (False, "diff"), "diff_b": (True, "diff"), "b_norm": (True, "diff"),
+}  # fmt: skip
+
+
+def _norm_tensor(name: Name) -> tuple[str, str]:
+    """The native tensor of a norm that a name speaks of, and what it says of it; empty where it is of no norm."""
+    if not name.target.norm or name.slot not in _OF_NORMS:
+        return "", ""
+    of_bias, kind = _OF_NORMS[name.slot]
+    return f"{name.target.layer}.{'bias' if of_bias else name.target.norm}", kind

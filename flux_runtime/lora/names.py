@@ -16,7 +16,7 @@ from ..weights.keys import TRANSFORMER_DIRECT, TRANSFORMER_FUSED, TRANSFORMER_SW
 
 @dataclass(frozen=True)
 class Target:
-    """A native linear layer, or the rows of one, or (with `value`) a tensor that is set whole."""
+    """A native linear layer, or the rows of one, or (with `norm`) a norm."""
 
     part: str  # transformer, clip, t5
     layer: str
@@ -24,7 +24,7 @@ class Target:
     above: int | None = None  # of a joined layer: how many times the model's width stands above these rows; None: all
     swap: bool = False  # halves of the rows stand the other way round
     joined: bool = False  # q, k and v together, of a layer that holds more
-    value: bool = False
+    norm: str = ""  # what the weight of a norm is called: scale, weight; of a linear layer nothing
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,25 @@ class Name:
     """A tensor's name, taken apart."""
 
     base: str  # everything before the ending: the file's own name of the layer
-    slot: str  # what the tensor is: down, up, bias, alpha, lengths, diff, lokr_w1 ...
+    slot: str  # what the tensor is: down, up, bias, alpha, lengths, diff, lokr_w1, whole ...
     origin: str = ""  # whose prefix it is
     target: Target | None = None  # None: no layer of FLUX.1
 
 
-# What a tensor is to its layer. Between `lora_A` and `weight` PEFT may put the name of an adapter.
+# What a tensor is to its layer. Between `lora_A` and `weight` PEFT may put the name of an adapter; what its setting
+# `modules_to_save` lists is whole, under the layer's own name, and so is a bias that it trains beside a LoRA.
+_SAVED = r"(?:modules_to_save\.(?:[^.]+\.)?)?"
 _ENDINGS = {
     "down": r"lora_A(?:\.[^.]+)?\.weight|lora_A|lora[._]down(?:\.weight)?|(?:lora_linear_layer\.)?down\.weight",
     "up": r"lora_B(?:\.[^.]+)?\.weight|lora_B|lora[._]up(?:\.weight)?|(?:lora_linear_layer\.)?up\.weight",
     "bias": r"lora_B(?:\.[^.]+)?\.bias|lora[._]up\.bias",
     "lengths": r"dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
-    "own": r"alpha|diff|diff_b|set_weight|reshape_weight|lokr_w[12](?:_[ab])?|lokr_t[12]|hada_w[12]_[ab]|hada_t[12]",
+    "whole": rf"{_SAVED}(?:weight|scale)",
+    "whole_b": rf"(?:base_layer\.|{_SAVED})bias",
+    "own": r"alpha|diff|diff_b|[wb]_norm|set_weight|reshape_weight|"
+    r"lokr_w[12](?:_[ab])?|lokr_t[12]|hada_w[12]_[ab]|hada_t[12]",
 }
+WHOLE = ("whole", "whole_b")
 _NAME = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{slot}>{text})" for slot, text in _ENDINGS.items()) + ")")
 
 # Prefix, the sign between a name's parts, the parts of the model it can mean, and who writes so.
@@ -89,18 +95,24 @@ _CLIP = (
     *(f"encoder.layers.{{}}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
     *(f"encoder.layers.{{}}.mlp.fc{number}" for number in (1, 2)),
 )
+_CLIP_NORMS = ("encoder.layers.{}.layer_norm1", "encoder.layers.{}.layer_norm2", "final_layer_norm")
 _T5 = (
     *(f"encoder.block.{{}}.layer.0.SelfAttention.{name}" for name in "qkvo"),
     *(f"encoder.block.{{}}.layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
 )
+_T5_NORMS = (*(f"encoder.block.{{}}.layer.{number}.layer_norm" for number in (0, 1)), "encoder.final_layer_norm")
 
 
 def _transformer_targets() -> Iterator[tuple[str, Target]]:
-    """Names without the ending `.*`, in both layouts; those without that ending in the table are values."""
+    """Names in both layouts; those without the ending `.*` in the table are norms, named with and without theirs."""
     for native, foreign in TRANSFORMER_DIRECT.items():
-        value = not native.endswith(".*")
-        yield native, Target("transformer", native, "BFL", value=value)
-        yield foreign, Target("transformer", native, "diffusers", value=value)
+        layer, _, last = native.rpartition(".")
+        norm = "" if last == "*" else last
+        for name, layout in ((native, "BFL"), (foreign, "diffusers")):
+            target = Target("transformer", layer, layout, norm=norm)
+            yield name, target
+            if norm:
+                yield name.rpartition(".")[0], target
     for native, parts in TRANSFORMER_FUSED.items():
         yield native, Target("transformer", native, "BFL")
         for above, foreign in enumerate(parts):
@@ -118,9 +130,14 @@ def _table() -> dict[str, dict[str, Target]]:
         name.removesuffix(".*"): replace(target, layer=target.layer.removesuffix(".*"))
         for name, target in _transformer_targets()
     }
-    clip = {f"{prefix}{name}": Target("clip", name, "transformers") for name in _CLIP for prefix in ("", "text_model.")}
-    t5 = {name: Target("t5", name, "transformers") for name in _T5}
-    return {"transformer": {**transformer, **_XLABS, **_FUSED}, "clip": clip, "t5": t5}
+    clip = _encoder("clip", _CLIP, _CLIP_NORMS)
+    clip |= {f"text_model.{name}": target for name, target in clip.items()}
+    return {"transformer": {**transformer, **_XLABS, **_FUSED}, "clip": clip, "t5": _encoder("t5", _T5, _T5_NORMS)}
+
+
+def _encoder(part: str, linears: tuple[str, ...], norms: tuple[str, ...]) -> dict[str, Target]:
+    found = {name: Target(part, name, "transformers") for name in linears}
+    return found | {name: Target(part, name, "transformers", norm="weight") for name in norms}
 
 
 _TABLES = {".": _table()}
@@ -152,19 +169,26 @@ def _find(base: str) -> tuple[str, Target] | None:
 
 
 def take_apart(name: str) -> Name | None:
-    """What a tensor's name says; None where neither its ending nor its whole says anything."""
+    """What a tensor's name says; None where its ending says nothing."""
     ending = _NAME.fullmatch(name)
     if ending is None:
-        hit = _find(name)
-        return Name(name, "value", *hit) if hit and hit[1].value else None
+        return None
     base, slot = ending[1], ending.lastgroup
     hit = _find(base)
+    if hit and slot in WHOLE and not _can_be_whole(name, *hit):
+        hit = None
     return Name(base, ending[slot] if slot == "own" else slot, *(hit or ()))
+
+
+def _can_be_whole(name: str, origin: str, target: Target) -> bool:
+    """Norms in any file (control LoRAs have them), weights and biases where PEFT has written."""
+    linear = origin in ("PEFT", "diffusers", "text encoder") and target.layout != "XLabs" and not name.endswith("scale")
+    return bool(target.norm) or linear
 
 
 def format_of(found: list[Name]) -> str:
     """The formats of a file in plain words, from names that have a target; the text encoders' tell little."""
-    layouts = {(name.origin, name.target.layout) for name in found if name.slot != "value"}
+    layouts = {(name.origin, name.target.layout) for name in found if name.slot not in WHOLE}
     telling = {pair for pair in layouts if pair[0] != "text encoder"} or layouts
     slots = {name.slot for name in found}
     return " + ".join(sorted({_format(origin, layout, slots) for origin, layout in telling}))
@@ -180,5 +204,5 @@ def _format(origin: str, layout: str, slots: set[str]) -> str:
     if origin == "ComfyUI" and {"down", "up"} <= slots:
         return "AI-Toolkit"
     if origin == "bare":
-        return "BFL control" if layout == "BFL" and "value" in slots else layout
+        return "BFL control" if layout == "BFL" and "whole" in slots else layout
     return origin

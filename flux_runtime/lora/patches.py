@@ -165,6 +165,30 @@ class Full(Patch):
 
 
 @dataclass(frozen=True, eq=False)
+class Instead(Full):
+    """A whole weight, a whole bias, or both, in the place of the layer's own: at any weight of the LoRA but 0.
+
+    That is how PEFT has it, whose scale is one of low-rank changes alone: such a tensor has been trained for itself,
+    and what lies between two of them is neither. Of several for the same rows the last one counts.
+    """
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(weight) if self.diff is None else self.diff.to(weight) - weight
+
+
+@dataclass(frozen=True, eq=False)
+class NormChange:
+    """What a file says of a tensor of a norm: another in its place (as `Instead`), what is added to it, or both."""
+
+    whole: Tensor | None = None
+    diff: Tensor | None = None
+
+    @property
+    def shapes(self) -> set[torch.Size]:
+        return {tensor.shape for tensor in (self.whole, self.diff) if tensor is not None}
+
+
+@dataclass(frozen=True, eq=False)
 class Rescaled(Patch):
     """The weight's own rows or columns grown by a gain (rows, 1) or (1, in), and a change: weight * gain + change."""
 

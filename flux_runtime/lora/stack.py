@@ -12,7 +12,7 @@ from ..errors import FluxError
 
 if TYPE_CHECKING:
     from .formats import Lora
-    from .patches import Patch
+    from .patches import NormChange, Patch
 
 Part = str  # "transformer", "clip" or "t5"
 _ALIASES = {
@@ -77,7 +77,7 @@ class Entry:
     def __post_init__(self) -> None:
         if not all(math.isfinite(w) for w in (self.weight, self.text_weight or 0.0)):
             raise FluxError(f"the weight of the LoRA {self.lora.name} is not a number; 1 is its full strength")
-        layers = [layer for layers in self.lora.layers.values() for layer in layers]
+        layers = [name for part in (*self.lora.layers.values(), *self.lora.norms.values()) for name in part]
         for factor in self.factors:
             if not any(map(factor.fits, layers)):
                 raise FluxError(
@@ -115,6 +115,15 @@ class LoraStack:
             weight = entry.weight_on(part, layer)
             if weight:
                 found.setdefault(layer, []).extend((patch, weight) for patch in patches)
+        return found
+
+    def norms(self, part: Part) -> dict[str, list[tuple[NormChange, float]]]:
+        """The same for the tensors of a part's norms."""
+        found: dict[str, list[tuple[NormChange, float]]] = {}
+        for entry in self.entries:
+            for name, change in entry.lora.norms.get(part, {}).items():
+                if weight := entry.weight_on(part, name):
+                    found.setdefault(name, []).append((change, weight))
         return found
 
     def _layers(self, part: Part) -> Iterator[tuple[Entry, str, tuple[Patch, ...]]]:

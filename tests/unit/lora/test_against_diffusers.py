@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
+from fluxcanvas.flux_runtime import FluxParams
+from fluxcanvas.flux_runtime.lora.apply import applied
+from fluxcanvas.flux_runtime.lora.fit import fit
 from fluxcanvas.flux_runtime.lora.formats import read_lora
 from fluxcanvas.flux_runtime.lora.patches import LowRank
+from fluxcanvas.flux_runtime.lora.stack import LoraStack
+from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.weights.keys import TRANSFORMER
 
 DOUBLE, SINGLE, RANK, NARROW = 19, 38, 2, 4  # diffusers asks for all blocks and for 3072 rows; columns may be few
@@ -135,9 +140,54 @@ def test_bfl_control(read, deltas, biases):
         parts = [converted.get(name, converted.get(f"transformer.{name}")) for name in names]
         if layer != last:
             assert torch.equal(bias, torch.cat(parts)), layer
-    for name, value in lora.values.items():
+    for name, change in lora.norms["transformer"].items():
         (foreign,) = TRANSFORMER.foreign_names(name)
-        assert torch.equal(value, converted[f"transformer.{foreign}"])
+        assert torch.equal(change.whole, converted[f"transformer.{foreign}"])
+
+
+def test_what_peft_trains_whole_is_whole(read):
+    """`modules_to_save` beside LoRA and trained biases: every tensor is what PEFT merges.
+
+    What is whole is the same at another weight, which in PEFT scales the low-rank changes alone.
+    """
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2}
+    model = FluxTransformer2DModel(
+        **sizes, in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 14, 14),
+        guidance_embeds=True,
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved = ["x_embedder", "norm_out.linear", "to_k", "proj_mlp", "norm_q", "norm_added_k", "ff.net.2"]
+    config = LoraConfig(r=2, lora_alpha=2, bias="lora_only", target_modules=["to_v", "proj_out"], modules_to_save=saved)
+    tuned = get_peft_model(model, config)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    file = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(tuned).items()}
+    lora = read(file)
+    after = tuned.merge_and_unload().state_dict()
+    width = {"vec_in_dim": 32, "context_in_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_hidden": 256}
+    ours = FluxTransformer(FluxParams(**width, depth=1, depth_single=1, axes_dim=(4, 14, 14)))
+    ours.load_state_dict({name: joined(before, name) for name in ours.state_dict()})
+    assert set(lora.tensors) == set(file) and not lora.unused
+    assert not fit(lora, {"transformer": ours}).absent
+    layers = lora.layers["transformer"]
+    low = {f"{layer}.weight" for layer in layers if any(isinstance(patch, LowRank) for patch in layers[layer])}
+    for weight in (1.0, 0.3):
+        with applied(ours, LoraStack().plus(lora, weight), "merged"):
+            for name, tensor in ours.state_dict().items():
+                if weight == 1 or name not in low:
+                    torch.testing.assert_close(tensor, joined(after, name), rtol=1e-5, atol=1e-6, msg=name)
+    assert all(torch.equal(tensor, joined(before, name)) for name, tensor in ours.state_dict().items())
+
+
+def joined(tensors, name):
+    """One of our tensors, of diffusers' parts."""
+    whole = torch.cat([tensors[part] for part in TRANSFORMER.foreign_names(name)])
+    return torch.cat(whole.chunk(2)[::-1]) if "adaLN" in name else whole
 
 
 def test_fal_kontext(read, deltas):

@@ -21,6 +21,8 @@ FAMILIES = {  # endings that make up a change, with sizes for a layer (out, in) 
     "factors": {"lokr_w1": (1, 1), "lokr_w2_a": ("out", 2), "lokr_w2_b": (2, "in")},
     "loha": {"hada_w1_a": ("out", 2), "hada_w1_b": (2, "in"), "hada_w2_a": ("out", 2), "hada_w2_b": (2, "in")},
     "whole": {"set_weight": ("out", "in"), "reshape_weight": (2,)},
+    "saved": {"modules_to_save.default.weight": ("out", "in"), "bias": ("out",)},
+    "norm": {"w_norm": ("in",), "b_norm": ("in",)},
     "model": {"weight": ("out", "in"), "scale": ("in",), "bias": ("out",)},
 }
 BASES = {
@@ -37,6 +39,7 @@ BASES = {
     "text_encoder_2.encoder.block.0.layer.0.SelfAttention.o": (8, 8),
     "double_blocks.0.img_attn.norm.query_norm": (4, 4),
     "transformer.transformer_blocks.0.attn.norm_q": (4, 4),
+    "text_encoder.text_model.final_layer_norm": (8, 8),
     "lora_te2_x": (8, 8),
 }
 TYPES = (torch.float16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.uint8, torch.bfloat16, torch.float64)
@@ -110,7 +113,7 @@ def test_any_file_is_read_or_refused(tmp_path):
 
 def sound(lora):
     """What applying relies on."""
-    assert lora.summary() and lora.format and lora.flavours and lora.patches
+    assert lora.summary() and lora.format and lora.flavours and lora.differs
     for patch in lora.patches:
         rows, columns = patch.shape
         assert patch.rows is None or patch.rows[1] - patch.rows[0] == rows
@@ -137,6 +140,6 @@ def test_any_names_are_read_or_refused(tmp_path):
         except FluxError as error:
             assert str(error).count(str(path)) == 1
         else:
-            assert lora.patches
+            assert lora.differs
 
     check()

@@ -11,8 +11,8 @@ from fluxcanvas.flux_runtime import FluxError, FluxParams
 from fluxcanvas.flux_runtime.lora.apply import applied, applied_to_encoder
 from fluxcanvas.flux_runtime.lora.fit import fit
 from fluxcanvas.flux_runtime.lora.formats import Lora
-from fluxcanvas.flux_runtime.lora.patches import Full, Hadamard, Kronecker, LowRank, Magnitude
-from fluxcanvas.flux_runtime.lora.stack import LoraStack
+from fluxcanvas.flux_runtime.lora.patches import Full, Hadamard, Instead, Kronecker, LowRank, Magnitude, NormChange
+from fluxcanvas.flux_runtime.lora.stack import LoraStack, parse_factors
 from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.quant.gguf import Gguf
 from fluxcanvas.flux_runtime.quant.packed import PackedLinear, weight_of
@@ -28,6 +28,7 @@ TINY = FluxParams(
     depth_single=2,
     axes_dim=(4, 14, 14),
 )
+QUERY, KEY = "double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.1.norm.key_norm.scale"
 KINDS = ("float32", "bfloat16", "fp8", "gguf", "bnb-int8", "bnb-nf4")
 
 
@@ -229,11 +230,8 @@ class TestControl:
     def control(self) -> Lora:
         r = numbers(3)
         layers = flavours() | {"img_in": (LowRank(down=r(4, 128), up=r(64, 4), bias=r(64)),)}
-        values = {
-            "double_blocks.0.img_attn.norm.query_norm.scale": 1 + r(32),
-            "single_blocks.1.norm.key_norm.scale": r(32),
-        }
-        return lora(layers, values=values)
+        norms = {QUERY: NormChange(1 + r(32)), KEY: NormChange(r(32))}
+        return lora(layers, norms={"transformer": norms})
 
     @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "gguf"])
     def test_it_widens_and_restores(self, model_of, control, kind):
@@ -246,20 +244,15 @@ class TestControl:
             assert torch.equal(wide.weight[:, :64].float(), narrow.to(model.dtype).float())
             assert not wide.weight[:, 64:].any()
             norm = model.double_blocks[0].img_attn.norm.query_norm.scale
-            assert torch.equal(norm, control.values["double_blocks.0.img_attn.norm.query_norm.scale"].to(model.dtype))
+            assert torch.equal(norm, control.norms["transformer"][QUERY].whole.to(model.dtype))
         assert model.params is params and bytes_of(model) == before and torch.equal(velocity(model), base)
 
     def test_its_weight_does_not_scale_the_norms_and_nothing_is_set_at_zero(self, model_of, control):
-        model = model_of("float32")
+        model, theirs = model_of("float32"), control.norms["transformer"][KEY].whole
         with applied(model, LoraStack().plus(control, 0.5)):
-            assert torch.equal(
-                model.single_blocks[1].norm.key_norm.scale, control.values["single_blocks.1.norm.key_norm.scale"]
-            )
+            assert torch.equal(model.get_parameter(KEY), theirs)
         with applied(model, LoraStack().plus(control, 0.0)):
-            assert model.params.in_channels == 64
-            assert not torch.equal(
-                model.single_blocks[1].norm.key_norm.scale, control.values["single_blocks.1.norm.key_norm.scale"]
-            )
+            assert model.params.in_channels == 64 and not torch.equal(model.get_parameter(KEY), theirs)
 
     def test_the_control_columns_matter(self, model_of, control):
         model = model_of("float32")
@@ -334,25 +327,63 @@ class TestFit:
             fit(lora(change, "clip"), {"transformer": model_of("float32")})
 
     def test_norms_of_another_size_are_refused(self, model_of):
-        values = {"single_blocks.1.norm.key_norm.scale": torch.ones(7)}
-        with pytest.raises(FluxError, match=r"sets single_blocks.1.norm.key_norm.scale"):
-            fit(lora(values=values), {"transformer": model_of("float32")})
+        norms = {"transformer": {KEY: NormChange(diff=torch.ones(7))}}
+        with pytest.raises(FluxError, match=rf"changes {KEY}, which this model has in another size"):
+            fit(lora(norms=norms), {"transformer": model_of("float32")})
+
+    def test_norms_are_counted_and_those_the_model_lacks_are_told(self, model_of):
+        far, some = "single_blocks.9.norm.key_norm.scale", NormChange(diff=torch.ones(32))
+        change = lora({}, norms={"transformer": {KEY: some, far: some}, "clip": {"final_layer_norm.bias": some}})
+        report = fit(change, {"transformer": model_of("float32")})
+        assert report.absent == (far,) and report.without == ("clip",)
+        assert report.text().startswith("test (test): 1 tensor of norms\n")
+        with pytest.raises(FluxError, match="changes nothing of this model, which has none of its layers: 1: single"):
+            fit(lora({}, norms={"transformer": {far: some}}), {"transformer": model_of("float32")})
 
 
-@pytest.mark.parametrize("kind", ["float32", "bnb-nf4"])
-def test_a_whole_weight_takes_the_place_of_a_plain_or_packed_one(model_of, kind):
+@pytest.mark.parametrize("mode", ["auto", "beside", "merged"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bnb-nf4"])
+def test_a_whole_weight_takes_the_place_of_a_plain_or_packed_one(model_of, kind, mode):
+    """At any weight but 0; the last of two counts, and the changes of other LoRAs are of the new weight."""
     model, r = model_of(kind), numbers(2)
-    name = "double_blocks.0.img_mlp.0"
-    change = lora(values={f"{name}.weight": r(256, 64)})
-    before, layer, x = bytes_of(model), model.get_submodule(name), r(5, 64)
-    assert fit(change, {"transformer": model}).matched == {"transformer": 10}
-    with applied(model, LoraStack().plus(change)):
-        expected = torch.nn.functional.linear(x, change.values[f"{name}.weight"], layer.bias)
-        assert torch.equal(model.get_submodule(name)(x), expected)
+    name, rows = "double_blocks.0.img_attn.qkv", slice(64, 128)
+    low = LowRank(down=r(2, 64), up=r(192, 2))
+    lost, first, last = lora({name: (Instead((64, 128), r(64), r(64, 64)),)}), r(192, 64), r(64, 64)
+    stack = LoraStack().plus(lost).plus(lora({name: (Instead(diff=first),)}), 0.3)
+    stack = stack.plus(lora({name: (low, Instead((64, 128), diff=last))}), 0.5)
+    before, layer, x = bytes_of(model), model.get_submodule(name), r(5, 64).to(model.dtype)
+    weight, bias = first.clone(), layer.bias.float().clone()
+    weight[rows], bias[rows] = last, lost.patches[0].bias
+    expected = torch.nn.functional.linear(x.float(), weight + 0.5 * low.up @ low.down, bias)
+    assert fit(lost, {"transformer": model}).matched == {"transformer": 1}
+    with applied(model, stack, mode):
+        assert relative(model.get_submodule(name)(x).float(), expected) < (0.01 if kind == "bfloat16" else 1e-6)
     assert model.get_submodule(name) is layer and bytes_of(model) == before
+    with applied(model, LoraStack().plus(lost, 0.0), mode):
+        assert bytes_of(model) == before
 
 
-def test_text_encoders_too():
+@pytest.mark.parametrize("kind", KINDS)
+def test_differences_of_norms_add_up_and_leave_no_trace(model_of, kind):
+    """On a whole tensor too, wherever in the stack it stands; factors for blocks count."""
+    model, r = model_of(kind), numbers(2)
+    a, b, c, whole = r(32), r(32), r(32), 1 + r(32)
+    stack = LoraStack().plus(lora({}, norms={"transformer": {QUERY: NormChange(diff=a), KEY: NormChange(diff=b)}}), 0.5)
+    stack = stack.plus(lora({}, norms={"transformer": {QUERY: NormChange(whole=whole)}}), 0.7)
+    second = lora({}, norms={"transformer": {QUERY: NormChange(diff=c), KEY: NormChange(diff=c)}})
+    stack = stack.plus(second, -0.3, factors=parse_factors("single_blocks: 0"))
+    before, old = bytes_of(model), model.get_parameter(KEY).float()
+    base = velocity(model)
+    with applied(model, stack):
+        assert torch.equal(model.get_parameter(QUERY), (whole + 0.5 * a - 0.3 * c).to(model.dtype))
+        assert torch.equal(model.get_parameter(KEY), (old + 0.5 * b).to(model.dtype))
+        assert relative(velocity(model), base) > 1e-3
+    assert bytes_of(model) == before and torch.equal(velocity(model), base)
+
+
+@pytest.fixture
+def encoders():
+    """CLIP and T5 with one layer each."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     sizes = {
@@ -364,10 +395,14 @@ def test_text_encoders_too():
     }
     clip = CLIPTextModel(CLIPTextConfig(**sizes)).eval()
     t5 = T5EncoderModel(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=2)).eval()
+    return {"clip": clip.requires_grad_(False), "t5": t5.requires_grad_(False)}
+
+
+def test_text_encoders_too(encoders):
     r, ids = numbers(4), torch.arange(7)[None]
     cases = {
-        "clip": (clip, "encoder.layers.0.mlp.fc1", (40, 32)),
-        "t5": (t5, "encoder.block.0.layer.1.DenseReluDense.wo", (32, 40)),
+        "clip": (encoders["clip"], "encoder.layers.0.mlp.fc1", (40, 32)),
+        "t5": (encoders["t5"], "encoder.block.0.layer.1.DenseReluDense.wo", (32, 40)),
     }
     for part, (encoder, name, (out, into)) in cases.items():
         change = lora({name: (LowRank(down=r(2, into), up=r(out, 2)), Full(diff=r(out, into), bias=r(out)))}, part)
@@ -381,6 +416,29 @@ def test_text_encoders_too():
             layer.bias = torch.nn.Parameter((0 if layer.bias is None else layer.bias) + change.patches[1].bias)
             assert relative(got, dense(ids).last_hidden_state) < 1e-6 < 1e-3 < relative(base, got)
             assert torch.equal(encoder(ids).last_hidden_state, base)
+
+
+def test_norms_of_text_encoders(encoders):
+    """With the weight of the text part."""
+    r, ids = numbers(4), torch.arange(7)[None]
+    cases = {
+        "clip": ("encoder.layers.0.layer_norm1.weight", "encoder.layers.0.layer_norm2.bias", "final_layer_norm.weight"),
+        "t5": ("encoder.block.0.layer.1.layer_norm.weight", "encoder.final_layer_norm.weight"),
+    }
+    for part, names in cases.items():
+        encoder, diffs = encoders[part], {name: r(32) for name in names}
+        change = lora({}, norms={part: {name: NormChange(diff=diff) for name, diff in diffs.items()}})
+        before, base = bytes_of(encoder), encoder(ids).last_hidden_state
+        assert fit(change, {part: encoder}).norms == len(names)
+        with applied_to_encoder(encoder, part, LoraStack().plus(change, 9.0, 0.5)):
+            got, changed = encoder(ids).last_hidden_state, dict(encoder.named_parameters())
+        assert bytes_of(encoder) == before and torch.equal(encoder(ids).last_hidden_state, base)
+        dense = copy.deepcopy(encoder)
+        for name, diff in diffs.items():
+            own = next(n for n in changed if n.endswith(name))
+            dense.get_parameter(own).add_(0.5 * diff)
+            assert torch.equal(changed[own], dense.get_parameter(own))
+        assert torch.equal(got, dense(ids).last_hidden_state) and relative(got, base) > 1e-3
 
 
 def test_another_weight_or_another_lora_of_the_same_rank_compiles_nothing_anew():

@@ -107,6 +107,10 @@ def test_scales_alone_are_no_lora(read):
     refused(read, scales, "is no LoRA for FLUX.1")
 
 
+def test_whole_weights_alone_are_no_lora(read):
+    refused(read, {"base_model.model.x_embedder.weight": torch.ones(8, 4)}, "is no LoRA for FLUX.1")
+
+
 def test_file_without_tensors(read):
     refused(read, {}, "is no LoRA for FLUX.1", "none of its 0 tensors")
 

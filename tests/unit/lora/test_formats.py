@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fluxcanvas.flux_runtime import FluxError
+from fluxcanvas.flux_runtime.lora.patches import Instead
 
 TOP = {  # diffusers' names, written down once more on purpose
     "img_in": "x_embedder",
@@ -205,9 +206,9 @@ def test_bfl_control_lora(layers, size, read, deltas, biases):
     lora = read(tensors)
     same(deltas(lora), dense)
     same(biases(lora), {layer: tensors[f"{layer}.lora_B.bias"] for layer in layers})
-    same(dict(lora.values), {name: tensors[name] for name in scales})
+    same(whole_norms(lora), {name: tensors[name] for name in scales})
     assert (lora.format, lora.in_channels, lora.unused) == ("BFL control", 8, ())
-    assert "6 norms" in lora.summary() and "8 channels of input" in lora.summary()
+    assert "6 tensors of norms set whole" in lora.summary() and "8 channels of input" in lora.summary()
 
 
 def test_control_lora_as_other_programs_save_it(read, biases):
@@ -224,8 +225,10 @@ def test_control_lora_as_other_programs_save_it(read, biases):
     lora = read(tensors)
     assert not lora.unused and lora.in_channels == 8 and set(biases(lora)) == {"img_in"}
     scales = {f"single_blocks.0.norm.{name}_norm.scale" for name in ("key", "query")}
-    assert set(lora.values) == {*scales, "txt_in.weight"}
-    size_alone = "diffusion_model.txt_in.reshape_weight"
+    assert set(whole_norms(lora)) == scales
+    (whole,) = lora.layers["transformer"]["txt_in"]
+    assert isinstance(whole, Instead) and torch.equal(whole.diff, tensors["diffusion_model.txt_in.set_weight"])
+    size_alone = "diffusion_model.final_layer.linear.reshape_weight"
     assert read({**tensors, size_alone: torch.tensor([8, 9])}).unused == (size_alone,)
     theirs = {
         "transformer.x_embedder.lora_A.weight": torch.randn(2, 8),
@@ -233,7 +236,66 @@ def test_control_lora_as_other_programs_save_it(read, biases):
         "transformer.transformer_blocks.0.attn.norm_added_k.weight": torch.rand(4),
     }
     lora = read(theirs)
-    assert set(lora.values) == {"double_blocks.0.txt_attn.norm.key_norm.scale"} and not lora.unused
+    assert set(whole_norms(lora)) == {"double_blocks.0.txt_attn.norm.key_norm.scale"} and not lora.unused
+
+
+def whole_norms(lora):
+    return {name: change.whole for name, change in lora.norms["transformer"].items() if change.whole is not None}
+
+
+NORM = "double_blocks.0.img_attn.norm.query_norm"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "native"),
+    [
+        (f"diffusion_model.{NORM}.diff", "transformer", f"{NORM}.scale"),
+        (f"diffusion_model.{NORM}.scale.diff", "transformer", f"{NORM}.scale"),
+        ("lora_unet_double_blocks_0_img_attn_norm_query_norm.w_norm", "transformer", f"{NORM}.scale"),
+        ("lora_unet_double_blocks_0_img_attn_norm_query_norm_scale.diff", "transformer", f"{NORM}.scale"),
+        ("lycoris_transformer_blocks_0_attn_norm_q.w_norm", "transformer", f"{NORM}.scale"),
+        ("transformer.transformer_blocks.0.attn.norm_q.diff", "transformer", f"{NORM}.scale"),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.3.layer_norm1.diff", "clip",
+         "encoder.layers.3.layer_norm1.weight"),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.3.layer_norm2.diff_b", "clip",
+         "encoder.layers.3.layer_norm2.bias"),
+        ("lora_te1_text_model_final_layer_norm.b_norm", "clip", "final_layer_norm.bias"),
+        ("text_encoders.t5xxl.transformer.encoder.block.3.layer.1.layer_norm.diff", "t5",
+         "encoder.block.3.layer.1.layer_norm.weight"),
+        ("lora_te3_encoder_final_layer_norm.w_norm", "t5", "encoder.final_layer_norm.weight"),
+    ],
+)  # fmt: skip
+def test_differences_of_norms(name, part, native, read):
+    """As ComfyUI's extraction and LyCORIS write them; such a file may hold nothing else."""
+    diff = torch.randn(8)
+    lora = read({name: diff})
+    ((found, change),) = lora.norms[part].items()
+    assert found == native and change.whole is None and torch.equal(change.diff, diff)
+    assert not lora.unused and "1 tensor of norms changed by a difference" in lora.summary()
+
+
+def test_one_norm_has_one_difference(read):
+    """The second spelling of the same is told as unused."""
+    lora = read({f"diffusion_model.{NORM}.diff": torch.ones(8), f"diffusion_model.{NORM}.scale.diff": torch.ones(8)})
+    assert len(lora.norm_changes) == len(lora.unused) == 1
+
+
+def test_whole_weights_count_where_peft_writes_them(read):
+    """Under the names of its own state dict too; a weight beside another program's LoRA is not taken for one."""
+    weight, bias = torch.randn(8, 4), torch.randn(8)
+    lows, _ = write(["img_in"], lambda _: (8, 4), prefixed("diffusion_model."), A_B)
+    for spelling in ("", "modules_to_save.default.", "modules_to_save."):
+        name = f"base_model.model.x_embedder.{spelling}"
+        lora = read({f"{name}weight": weight, f"{name}bias": bias, **pair_of("base_model.model.proj_out")})
+        (patch,) = lora.layers["transformer"]["img_in"]
+        assert isinstance(patch, Instead) and torch.equal(patch.diff, weight) and torch.equal(patch.bias, bias)
+        assert not lora.unused and "what is whole counts fully at every weight but 0" in lora.summary()
+    others = {"diffusion_model.txt_in.weight": torch.ones(8, 6), "base_model.model.x_embedder.scale": torch.ones(8)}
+    assert set(read({**lows, **others}).unused) == set(others)
+
+
+def pair_of(name):
+    return {f"{name}.lora_A.weight": torch.randn(2, 8), f"{name}.lora_B.weight": torch.randn(4, 2)}
 
 
 CLIP_LAYERS = [f"encoder.layers.0.self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["encoder.layers.11.mlp.fc2"]

@@ -9,7 +9,7 @@ from fluxcanvas.flux_runtime.lora.formats import read_lora
 from fluxcanvas.flux_runtime.lora.patches import Kronecker, LowRank, Magnitude
 from fluxcanvas.flux_runtime.weights.keys import TRANSFORMER_FUSED
 
-EXPECTED = {  # list -> format, flavours, ranks, layers by part, values, channels of input
+EXPECTED = {  # list -> format, flavours, ranks, layers by part, norms, channels of input
     "lora_kohya": ("kohya", ("LoRA",), (16,), {"transformer": 304}, 0, 0),
     "lora_diffusers": ("diffusers", ("LoRA",), (32,), {"transformer": 304}, 0, 0),
     "lora_xlabs": ("XLabs", ("LoRA",), (16,), {"transformer": 12}, 0, 0),
@@ -34,9 +34,9 @@ def real(keys, hollow):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_key_is_used(name, real, keys):
     lora = real(name)
-    layout, flavours, ranks, counts, values, channels = EXPECTED[name]
+    layout, flavours, ranks, counts, norms, channels = EXPECTED[name]
     assert (lora.format, lora.flavours, lora.ranks, lora.counts) == (layout, flavours, ranks, counts)
-    assert (len(lora.values), lora.in_channels, lora.unused) == (values, channels, ())
+    assert (len(lora.norm_changes), lora.in_channels, lora.unused) == (norms, channels, ())
     assert set(lora.tensors) == set(keys(name)) and lora.total == len(keys(name))
     assert lora.name == name and f"{lora.total} of {lora.total} tensors used" in lora.summary()
 

@@ -9,7 +9,7 @@ import torch
 
 from fluxcanvas.flux_runtime.errors import FluxError
 from fluxcanvas.flux_runtime.lora.formats import Lora
-from fluxcanvas.flux_runtime.lora.patches import LowRank
+from fluxcanvas.flux_runtime.lora.patches import LowRank, NormChange
 from fluxcanvas.flux_runtime.lora.stack import Factor, LoraStack
 from fluxcanvas.flux_runtime.model_report import model_report
 from fluxcanvas.nodes import NODE_CLASS_MAPPINGS
@@ -69,12 +69,16 @@ def test_loras_are_told_with_weights_and_what_they_match(demo):
     assert not [line for line in told[t5:] if "LoRA" in line]
 
 
-def test_a_widened_input_and_values_set_whole_are_told(demo):
+def test_a_widened_input_and_changed_norms_are_told(demo):
     norm = "double_blocks.0.img_attn.norm.query_norm.scale"
-    wide = replace(lora("canny", transformer=("img_in",)), in_channels=128, values={norm: torch.ones(1)})
+    wide = replace(
+        lora("canny", transformer=("img_in",)),
+        in_channels=128,
+        norms={"transformer": {norm: NormChange(torch.ones(1))}},
+    )
     told = model_report(replace(demo.model, loras=LoraStack().plus(wide)))
     assert "reads 64 channels, 128 with its LoRAs" in told
-    assert "LoRA canny (kohya) at 1: 1 of its 1 layers, 1 tensors set whole" in told
+    assert "LoRA canny (kohya) at 1: 1 of its 1 layers, 1 tensor of norms" in told
 
 
 def test_a_part_alone_is_reported_alone(demo, models):
