@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,11 +105,16 @@ def _partner_folders(host: Host) -> list[Path]:
     return [folder for category in PARTNERS for folder in host.folders(category) if folder.is_dir()]
 
 
-def _make_room(host: Host, paths: Iterable[Path]) -> None:
-    """Ask for what the parts themselves take: a whole model's folder may hold the same weights twice."""
-    from ..flux_runtime.weights import inspect
+def _making_room(host: Host, places: Devices) -> Callable[[Mapping[str, int]], None]:
+    """A `make_room` for the loader: the host frees memory for those parts that go to a device of its own kind."""
+    own = host.device().type
 
-    host.free_memory(sum(inspect(path).bytes for path in paths))
+    def ask(sizes: Mapping[str, int]) -> None:
+        here = [part for part in sizes if places == BALANCED or str(places[part]).partition(":")[0] == own]
+        if here:
+            host.free_memory(sum(sizes[part] for part in here))
+
+    return ask
 
 
 def _places(host: Host, device: str, text_device: str) -> Devices:
@@ -153,12 +158,10 @@ def load_flux(
     tell = telling(host)
     from ..flux_runtime.weights import load_flux as load
 
-    located = _locate(host, source)
-    if isinstance(located, Path) and device != CPU:
-        _make_room(host, [located])
+    places = _places(host, device, text_device)
     flux = load(
-        located, device=_places(host, device, text_device), dtype=dtype_of(dtype),
-        quantize=_packing(quantize, quantize_t5), search=_partner_folders(host), progress=tell,
+        _locate(host, source), device=places, dtype=dtype_of(dtype), quantize=_packing(quantize, quantize_t5),
+        search=_partner_folders(host), progress=tell, make_room=_making_room(host, places),
     )  # fmt: skip
     return _given(host, flux)
 
@@ -205,13 +208,12 @@ def load_flux_parts(
     tell = telling(host)
     from ..flux_runtime.weights import load_parts
 
-    chosen = _parts(host, transformer, clip, t5, vae)
-    if device != CPU:
-        _make_room(host, chosen.values())
+    places = _places(host, device, text_device)
     flux = load_parts(
-        **chosen, tokenizers=_tokenizer_folder(host, tokenizers), variant=None if variant == AUTO else variant,
-        device=_places(host, device, text_device), dtype=dtype_of(dtype), quantize=_packing(quantize, quantize_t5),
-        search=_partner_folders(host), progress=tell,
+        **_parts(host, transformer, clip, t5, vae), tokenizers=_tokenizer_folder(host, tokenizers),
+        variant=None if variant == AUTO else variant, device=places, dtype=dtype_of(dtype),
+        quantize=_packing(quantize, quantize_t5), search=_partner_folders(host), progress=tell,
+        make_room=_making_room(host, places),
     )  # fmt: skip
     return _given(host, flux)
 

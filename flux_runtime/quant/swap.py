@@ -180,8 +180,9 @@ def quantise(
 ) -> tuple[nn.Module, Summary]:
     """A copy of a model with its linear layers packed by the scheme of that name; all else is the same memory.
 
-    `keep` are names or patterns of layers that stay plain, `part` is what errors call the model. `progress` is told the fraction done. The model itself
-    stays as it is. Raises `FluxError` where the scheme cannot be had, or the model is packed otherwise already.
+    `keep` are names or patterns of layers that stay plain, `part` is what errors call the model. `progress` is told
+    the fraction done. The model itself stays as it is. Raises `FluxError` where the scheme cannot be had, or the model
+    is packed otherwise already.
     """
     first = next(module.parameters())
     pack = Quantiser(scheme, first.device, getattr(module, "dtype", first.dtype), keep=keep, part=part)

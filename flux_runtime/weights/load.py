@@ -47,6 +47,7 @@ class Wishes:
     tokenizers: str | Path | None = None
     search: Sequence[Path] = ()
     progress: Progress | None = None
+    make_room: Callable[[Mapping[str, int]], None] | None = None
 
 
 def load_flux(
@@ -59,16 +60,18 @@ def load_flux(
     tokenizers: str | Path | None = None,
     search: Sequence[Path] = (),
     progress: Progress | None = None,
+    make_room: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Flux:
     """Load a model from `demo`, a diffusers folder, a .safetensors or .gguf file or a Hugging Face repository id.
 
     `device` is one for all parts, or a table by part (`transformer`, `clip`, `t5`, `vae`), or `balanced` over all GPUs.
     `quantize` packs plain weights while they are read: a scheme (`fp8`, `bnb-nf4`, ... see `quant.SCHEMES`) for the
-    transformer and for T5, which stays as it is where its file has it packed; or a table by part. A bare transformer is completed from the model folders in `search`, where
-    tokenizers are looked for too; `progress` is told what is being done and the fraction done of it. Whatever cannot
-    be loaded is a `FluxError` with the remedy.
+    transformer and for T5, which stays as it is where its file has it packed; or a table by part. A bare transformer
+    is completed from the model folders in `search`, where tokenizers are looked for too; `progress` is told what is
+    being done and the fraction done of it; `make_room` is told, before anything is read, how many bytes each part will
+    take. Whatever cannot be loaded is a `FluxError` with the remedy.
     """
-    wishes = Wishes(device, dtype, quantize, variant, tokenizers, search, progress)
+    wishes = Wishes(device, dtype, quantize, variant, tokenizers, search, progress, make_room)
     sources = open_source(source, progress)
     if "transformer" not in sources.components:
         raise FluxError(
@@ -92,6 +95,7 @@ def load_parts(
     variant: str | None = None,
     search: Sequence[Path] = (),
     progress: Progress | None = None,
+    make_room: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Flux:
     """Load a model from a file or folder for each part; `None` leaves out the VAE, or both text encoders together.
 
@@ -110,7 +114,7 @@ def load_parts(
     sources = Sources(
         paths["transformer"].name, components, tuple(dict.fromkeys(folders)), hint=_name_of(paths["transformer"])
     )
-    return _load(sources, Wishes(device, dtype, quantize, variant, tokenizers, search, progress))
+    return _load(sources, Wishes(device, dtype, quantize, variant, tokenizers, search, progress, make_room))
 
 
 def _name_of(path: Path) -> str:
@@ -136,6 +140,8 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
     schemes = _schemes(wishes.quantize, components)
     dtype = choose_dtype(wishes.dtype, main_device(wishes.device), _plain_numbers(components, schemes))
     sizes = {kind: _held_bytes(components[kind], schemes.get(kind), dtype) for kind in skeletons}
+    if wishes.make_room:
+        wishes.make_room(sizes)
     places = place(sizes, wishes.device)
     packers = {part: Quantiser(name, places[part], dtype, part=LABELS[part]) for part, name in schemes.items()}
     modules = _fill_all(components, skeletons, places, dtype, packers, wishes.progress)

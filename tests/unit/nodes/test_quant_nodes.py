@@ -259,19 +259,46 @@ def test_a_device_that_is_not_there_is_said(run):
         run("LoadFlux", source="demo", device="warp")
 
 
-def test_memory_is_asked_for_unless_the_cpu_is_chosen(asked, partners, host, run, tmp_path, monkeypatch, demo):
+@pytest.fixture
+def freed(monkeypatch, host) -> list[int]:
+    """What the host is asked to free."""
     wanted: list[int] = []
     monkeypatch.setattr(host, "free_memory", wanted.append, raising=False)
-    shutil.copytree(
-        Path(__file__).parents[3] / "demo" / "weights" / "transformer", tmp_path / "models" / "diffusion_models"
-    )
-    parts = {"transformer": "diffusion_pytorch_model.safetensors", **partners}
-    run("LoadFluxParts", **parts, device="cpu")
-    assert not wanted
-    run("LoadFluxParts", **parts)
-    assert wanted[0] > 10_000_000
+    return wanted
+
+
+def test_memory_is_asked_for_as_the_loaded_parts_need_it(run, freed, demo):
+    held = [demo.transformer, demo.text.clip, demo.text.t5, demo.vae.model]
+    numbers = [sum(parameter.numel() for parameter in module.parameters()) for module in held]
+    run("LoadFlux", source="demo", dtype="float32")
+    run("LoadFlux", source="demo", dtype="bfloat16")
+    run("LoadFlux", source="demo", dtype="float32", quantize="fp8")
+    full, half, small = freed
+    assert full == 2 * half == 4 * sum(numbers) and full - small == 3 * numbers[0]
     run("Quantize", scheme="fp8", model=demo.model)
-    assert 0 < wanted[1] < 6_000_000
+    assert 0 < freed[-1] < 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "text_device", "wanted"),
+    [
+        ("auto", "auto", [1111]), ("auto", "cpu", [1001]), ("cuda:0", "auto", [1111]), ("cpu", "auto", []),
+        ("cpu", "cuda:0", [110]), ("balanced", "auto", [1111]),
+    ],
+)  # fmt: skip
+def test_memory_is_asked_for_what_goes_to_the_hosts_device(
+    asked, freed, partners, run, host, monkeypatch, tmp_path, device, text_device, wanted
+):
+    monkeypatch.setattr(host, "device", lambda: torch.device("cuda"))
+    (tmp_path / "models" / "diffusion_models").mkdir()
+    (tmp_path / "models" / "diffusion_models" / "x.safetensors").touch()
+    where = {"device": device, "text_device": text_device}
+    run("LoadFlux", source="demo", **where)
+    run("LoadFluxParts", transformer="x.safetensors", **partners, **where)
+    for wishes in asked:
+        freed.clear()
+        wishes["make_room"]({"transformer": 1000, "clip": 10, "t5": 100, "vae": 1})
+        assert freed == wanted
 
 
 @pytest.mark.parametrize("category", ["diffusion_models", "text_encoders"])
