@@ -17,8 +17,7 @@ def check_finite(result: Tensor, what: str) -> None:
     if result.isfinite().all():
         return
     kind = str(result.dtype).removeprefix("torch.")
-    overflow, damage = (
-        "load it as bfloat16 or float32",
-        "look for damage in its weights, its LoRAs and what it was given",
-    )
-    raise FluxError(f"{what} made numbers that are not finite, in {kind}; {overflow if kind == 'float16' else damage}")
+    remedy = "look for damage in its weights, its LoRAs and what it was given"
+    if kind == "float16":
+        remedy = "load it as bfloat16 or float32"
+    raise FluxError(f"{what} made numbers that are not finite, in {kind}; {remedy}")

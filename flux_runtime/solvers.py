@@ -19,5 +19,5 @@ def euler(velocity: Velocity, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
 
 
 def advance(x: Tensor, v: Tensor, distance: float) -> Tensor:
-    """x + distance * v; as a tensor the distance is rounded to a half type before the product, as the oracle does."""
-    return x + torch.tensor(distance, dtype=torch.float32) * v
+    """x + distance * v; a half type rounds the distance too, before the product, as the oracle does on every device."""
+    return x + torch.tensor(distance, dtype=torch.float32).to(v.dtype).item() * v

@@ -77,7 +77,9 @@ class Vae:
                 f"a picture of {width}x{height} cannot be encoded: both sides must be multiples of {multiple}"
             )
         pixels = (images[..., :3].permute(0, 3, 1, 2).float() * 2 - 1).to(self.device)
-        return sample(self._sound(lambda model, dtype: model.moments(pixels.to(dtype))), generator)
+        moments = self._sound(lambda model, dtype: model.moments(pixels.to(dtype)))
+        check_finite(moments, "the VAE")
+        return sample(moments, generator)
 
     def encode_once(self, images: Tensor) -> Tensor:
         """The mean latents of these pixels, remembered by content: drawing again with another seed encodes nothing."""
@@ -100,15 +102,16 @@ class Vae:
         return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def _sound(self, work: Callable[[AutoEncoder, torch.dtype], Tensor]) -> Tensor:
-        """What the model makes in its own type; where float16 is too narrow for it, what it makes in float32."""
-        made = work(self.model, self.dtype)
-        if self.dtype != torch.float16 or made.isfinite().all():
-            return made
-        return work(self._in_float32, torch.float32).to(made.dtype)
+        """What the model makes in its own type; once float16 was too narrow for it, what it makes in float32."""
+        if "_in_float32" not in self.__dict__:
+            made = work(self.model, self.dtype)
+            if self.dtype != torch.float16 or made.isfinite().all():
+                return made
+        return work(self._in_float32, torch.float32).to(self.dtype)
 
     @cached_property
     def _in_float32(self) -> AutoEncoder:
-        log.warning("the VAE makes numbers too large for float16: it computes in float32 where that happens")
+        log.warning("the VAE makes numbers too large for float16: it computes in float32 from now on")
         return copy.deepcopy(self.model).float()
 
     @cached_property
