@@ -31,7 +31,7 @@ PUBLISHED = (
 NONE = "none"
 MODES = ("auto", "beside", "merged")
 KEPT = 16  # LoRAs whose names are held; their numbers stay in the mapped files
-WEIGHT = Range(-10.0, 10.0, 0.05)
+WEIGHT = Range(-10.0, 10.0, 0.005)  # the canvas keeps as many digits as the step has, and 0.125 is a usual weight
 WEIGHT_HELP = "How strongly it acts. 1: as it was trained, 0: not at all, below 0: the other way."
 
 _read: dict[tuple[str, str], Lora] = {}  # the newest last, so that another weight does not read a file anew
@@ -201,5 +201,8 @@ def apply_lora(
         current().text("no LoRA is chosen: the model is as before")
         return model, text
     changed, encoders, fits = add_loras(model, text, loras, mode)
-    current().text("\n".join(fit.text() for fit in fits))
+    told = [fit.text() for fit in fits]
+    if model.loras and mode != model.lora_mode:
+        told.append(f"the mode {mode} now holds for the earlier LoRAs too, which had {model.lora_mode}")
+    current().text("\n".join(told))
     return changed, encoders

@@ -43,5 +43,8 @@ def _tensors(base: nn.Module) -> Iterator[Tensor]:
 
 
 def _writes(tensor: Tensor) -> int:
-    """Tensors made in inference mode count nothing, and cannot be written to outside of it."""
+    """Tensors made in inference mode count nothing, and cannot be written to outside of it.
+
+    Writing through `.data` is not counted; nothing here does.
+    """
     return 0 if tensor.is_inference() else tensor._version

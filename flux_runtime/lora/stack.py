@@ -92,7 +92,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class LoraStack:
-    """Any number of LoRAs (the `FLUX_LORA` edge); their changes add up, so their order means nothing but for norms."""
+    """Any number of LoRAs (the `FLUX_LORA` edge).
+
+    Their changes add up, so their order means nothing, but for whole tensors (a control LoRA's norms, what PEFT trains
+    whole): of several for one place the last counts.
+    """
 
     entries: tuple[Entry, ...] = ()
 

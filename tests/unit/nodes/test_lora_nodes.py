@@ -293,6 +293,21 @@ def test_every_mode_draws_the_same(write, draw, run, with_lora, mode):
     torch.testing.assert_close(draw(model=model)["samples"], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_another_mode_for_earlier_loras_is_told(write, run, with_lora, host):
+    write("style.safetensors")
+    (stack,) = run("LoadLora", lora="style.safetensors")
+    model = with_lora(stack, mode="merged")
+    assert "now holds" not in host.texts[-1]
+    run("ApplyLora", model=model, loras=stack, mode="beside")
+    assert host.texts[-1].endswith("the mode beside now holds for the earlier LoRAs too, which had merged")
+
+
+def test_the_canvas_keeps_the_digits_of_a_usual_weight():
+    """It rounds what is typed to as many as the step has."""
+    step = nodes.WEIGHT.step
+    assert round(0.125, len(f"{step:f}".rstrip("0").partition(".")[2])) == 0.125
+
+
 def test_the_modes_are_the_runtimes(demo, run):
     assert nodes.MODES == apply.MODES
     with pytest.raises(FluxError, match="'mode' is 'melted'; choose one of auto, beside, merged"):
