@@ -30,6 +30,7 @@ FILES = (
     "spiece.model",
 )
 EMBEDDINGS = {"clip": 49408, "t5": 32128}  # rows of the published encoders: only these may use the published tokenizers
+PADDING = 128  # an encoder has at most so many rows more than its tokenizer has tokens
 LABELS = {"clip": "CLIP", "t5": "T5"}
 
 
@@ -56,9 +57,14 @@ def find_tokenizer(kind: str, bases: Iterable[Path]) -> Path | None:
     return None
 
 
-def load_tokenizer(kind: str, bases: Sequence[Path], embeddings: int, *, download: bool) -> Any:
-    """The tokenizer for so many embeddings: from `bases`, else (with `download`) the published one."""
+def load_tokenizer(
+    kind: str, bases: Sequence[Path], embeddings: int, *, download: bool, several: Sequence[Path] = ()
+) -> Any:
+    """The tokenizer for so many embeddings: from `bases`, else the first that fits of those in `several` (folders
+    with tokenizers of many models), else (with `download`) the published one."""
     folder = find_tokenizer(kind, bases)
+    if folder is None and (fitting := _fitting(kind, several, embeddings)):
+        return fitting
     if folder is None and download and embeddings == EMBEDDINGS[kind]:
         folder = _published(kind)
     if folder is None:
@@ -75,6 +81,19 @@ def load_tokenizer(kind: str, bases: Sequence[Path], embeddings: int, *, downloa
             "it belongs to another model; name the folder of the right one"
         )
     return tokenizer
+
+
+def _fitting(kind: str, folders: Sequence[Path], embeddings: int) -> Any:
+    """The first tokenizer with as many tokens as the encoder knows; None when there is none."""
+    for folder in filter(None, (find_tokenizer(kind, [base]) for base in folders)):
+        try:
+            tokenizer = _open(kind, folder)
+        except FluxError as error:
+            log.info("passed over: %s", error)
+            continue
+        if embeddings - PADDING < len(tokenizer) <= embeddings:
+            return tokenizer
+    return None
 
 
 def _open(kind: str, folder: Path) -> Any:

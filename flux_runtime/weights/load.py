@@ -240,7 +240,10 @@ def _check_together(params: FluxParams, components: Mapping[str, Component]) -> 
 def _tokenizers(
     components: Mapping[str, Component], named: str | Path | None, folders: Sequence[Path], search: Sequence[Path]
 ) -> dict[str, object]:
-    """Both tokenizers; a folder that the user names is the only place looked in."""
+    """Both tokenizers; a folder that the user names is the only place looked in.
+
+    Elsewhere a folder `tokenizers` may have those of many models, each in a folder of its own.
+    """
     if not {"clip", "t5"} <= components.keys():
         return {}
     if named is not None and not Path(named).expanduser().is_dir():
@@ -248,11 +251,21 @@ def _tokenizers(
             f"the tokenizer folder {named} does not exist; name one that holds 'tokenizer' and 'tokenizer_2'"
         )
     bases = _tokenizer_folders([Path(named).expanduser()] if named is not None else [*folders, *search])
+    several = [] if named is not None else [inner for base in bases for inner in _folders_in(base, search)]
     rows = {"clip": "embeddings.token_embedding.weight", "t5": "shared.weight"}
     return {
-        kind: load_tokenizer(kind, bases, components[kind].tensors[name].shape[0], download=named is None)
+        kind: load_tokenizer(
+            kind, bases, components[kind].tensors[name].shape[0], download=named is None, several=several
+        )
         for kind, name in rows.items()
     }
+
+
+def _folders_in(base: Path, search: Sequence[Path]) -> list[Path]:
+    """The folders in one that is for tokenizers, or that was named to be searched."""
+    if not base.is_dir() or (base.name != "tokenizers" and base not in search):
+        return []
+    return sorted(inner for inner in base.iterdir() if inner.is_dir())
 
 
 def _tokenizer_folders(search: Sequence[Path]) -> list[Path]:

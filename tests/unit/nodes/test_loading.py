@@ -80,6 +80,18 @@ def test_parts_chosen_one_by_one_draw(library, host, draw, tokenizers, run):
     assert run("Decode", vae=vae, latent=drawn)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("node", ["LoadFlux", "LoadFluxParts"])
+def test_auto_finds_the_tokenizers_that_fit_in_folders_of_their_own(library, run, shared, node):
+    for name in ("clip", "t5"):
+        shutil.rmtree(library / "tokenizers" / name)
+    shutil.rmtree(library / "diffusers")
+    for name, part in {"clip": "tokenizer", "t5": "tokenizer_2"}.items():
+        link_files(shared / "tokenizers" / name, library / "tokenizers" / "another" / part)
+    parts = {"transformer": BARE, "clip": "clip/model.safetensors", "t5": "t5/model.safetensors", "vae": BARE}
+    _, text, _ = run(node, **({"source": BARE} if node == "LoadFlux" else parts))
+    assert (len(text.clip_tokenizer), len(text.t5_tokenizer)) == (770, 191)
+
+
 def test_a_bare_transformer_finds_its_partners_in_the_folders(library, run):
     model, text, vae = run("LoadFlux", source=BARE, dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and text is not None and vae is not None
