@@ -44,7 +44,17 @@ def decode(
     latent: Annotated[LATENT, "The latent, from Sample."],
 ) -> Annotated[IMAGE, Output("image"), "The pictures."]:
     """Turns a drawn latent into pictures to look at and save."""
-    return vae.decode(samples_of(latent))
+    import torch
+
+    from ..flux_runtime.model.vae import in_parts
+
+    host, parts, pictures = current(), in_parts(samples_of(latent), vae.params.factor), []
+    for done, part in enumerate(parts, 1):
+        host.check_interrupt()
+        pictures.append(vae.decode(part))
+        if len(parts) > 1:
+            host.progress(done, len(parts))
+    return torch.cat(pictures)
 
 
 @node("Encode Image", category="latent", aliases=("vae encode", "image to latent", "img2img"))

@@ -47,6 +47,19 @@ def test_interruption_stops_within_one_step(host, draw):
     assert host.steps == [(0, 1)]
 
 
+def test_a_batch_is_decoded_in_parts_between_which_it_can_be_stopped(demo, run, host, monkeypatch):
+    inputs = {"vae": demo.vae, "latent": {"samples": torch.randn(3, 16, SIZE // 8, SIZE // 8)}}
+    (whole,) = run("Decode", **inputs)
+    assert not host.steps
+    monkeypatch.setattr("fluxcanvas.flux_runtime.model.vae.AT_ONCE", SIZE**2)
+    torch.testing.assert_close(run("Decode", **inputs)[0], whole, rtol=0, atol=1e-5)
+    assert host.steps == [(1, 3), (2, 3), (3, 3)]
+    host.stop_at = host.asked + 2
+    with pytest.raises(host.Stopped):
+        run("Decode", **inputs)
+    assert host.steps[3:] == [(1, 3)]
+
+
 def test_a_seed_means_the_same_picture_and_another_seed_another(draw):
     first = draw()["samples"]
     assert torch.equal(first, draw()["samples"])
