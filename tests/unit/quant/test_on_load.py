@@ -55,7 +55,7 @@ def test_float8_of_quanto_from_a_plain_fp8_file(parts, rename, load):
 def test_weights_that_are_packed_otherwise_are_refused(demo, tmp_path):
     path = tmp_path / "flux1-nf4.safetensors"
     save_module(quantise(demo.transformer, "bnb-nf4")[0], path)
-    said = r"the transformer is already stored as bnb-nf4 \(.*\.lin\); load its bf16 file to quantise it to torchao-int8"
+    said = r"the transformer is already stored as bnb-nf4 \(.*\.lin\); load its bf16 file to quantise it to torchao"
     with pytest.raises(FluxError, match=said):
         load_parts(transformer=path, clip=None, t5=None, vae=None, device="cpu", quantize="torchao-int8")
 
