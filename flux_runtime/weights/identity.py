@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..flux import FluxModel
 
 HEADER = "fluxcanvas.model"
+ROPE_AXES = "axes_dims_rope"  # all that shapes do not tell of a transformer
 SCHEDULER = {  # diffusers' names of the numbers of a schedule
     "shift": "shift", "base_shift": "base_shift", "max_shift": "max_shift",
     "base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens",
@@ -33,7 +34,7 @@ def header_of(model: FluxModel) -> dict[str, str]:
     told = {
         "variant": model.variant.name,
         "scheduler": {"use_dynamic_shifting": model.schedule.dynamic, **schedule},
-        "transformer": {"axes_dims_rope": model.transformer.params.axes_dim},
+        "transformer": {ROPE_AXES: model.transformer.params.axes_dim},
     }
     return {HEADER: json.dumps(told)}
 
@@ -44,9 +45,11 @@ def told_by(metadata: Mapping[str, str]) -> dict[str, Any]:
         raw = json.loads(metadata.get(HEADER, "{}"))
     except (ValueError, RecursionError):
         return {}
-    kinds = {"variant": str, "scheduler": dict, "transformer": dict}
-    told = raw.items() if isinstance(raw, dict) else ()
-    return {name: value for name, value in told if name in kinds and isinstance(value, kinds[name])}
+    told = raw if isinstance(raw, dict) else {}
+    found = {name: told[name] for name in ("scheduler", "transformer") if isinstance(told.get(name), dict)}
+    if "transformer" in found:
+        found["transformer"] = {name: value for name, value in found["transformer"].items() if name == ROPE_AXES}
+    return found | ({"variant": told["variant"]} if told.get("variant") in [*VARIANTS] else {})
 
 
 def choose_variant(params: FluxParams, name: str | None, hint: str) -> Variant:

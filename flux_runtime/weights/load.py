@@ -138,11 +138,14 @@ def _load(sources: Sources, wishes: Wishes) -> Flux:
     schedule = choose_schedule(chosen, sources.schedule)
     text_parts = _tokenizers(components, wishes.tokenizers, sources.folders, wishes.search)
     schemes = _schemes(wishes.quantize, components)
-    dtype = choose_dtype(wishes.dtype, main_device(wishes.device), _plain_numbers(components, schemes))
+    numbers, meant = _plain_numbers(components, schemes), main_device(wishes.device)
+    dtype = choose_dtype(wishes.dtype, meant, numbers)
     sizes = {kind: _held_bytes(components[kind], schemes.get(kind), dtype) for kind in skeletons}
     if wishes.make_room:
         wishes.make_room(sizes)
     places = place(sizes, wishes.device)
+    if places["transformer"].type != meant.type:  # no GPU had room for it, and the CPU computes in another type
+        dtype = choose_dtype(wishes.dtype, places["transformer"], numbers)
     packers = {part: Quantiser(name, places[part], dtype, part=LABELS[part]) for part, name in schemes.items()}
     modules = _fill_all(components, skeletons, places, dtype, packers, wishes.progress)
     report = Report(
@@ -188,11 +191,11 @@ def _left_packed(
 
 
 def _held_bytes(component: Component, scheme: str | None, dtype: torch.dtype) -> int:
-    """What a part takes once it is loaded; weights that its file has packed stay packed."""
+    """What a part takes once it is loaded; weights that its file has packed stay packed unless a scheme packs them."""
     bits = scheme_of(scheme).bits if scheme else 8 * dtype.itemsize
-    tensors = component.tensors.values()
-    packed = sum(stored.nbytes for t in tensors if t.packed for stored in t.sources)
-    return packed + int(sum(math.prod(t.shape) for t in tensors if not t.packed) * bits / 8)
+    stay = [t for t in component.tensors.values() if t.packed and not scheme]
+    numbers = sum(math.prod(t.shape) for t in component.tensors.values() if scheme or not t.packed)
+    return sum(stored.nbytes for t in stay for stored in t.sources) + int(numbers * bits / 8)
 
 
 def _plain_numbers(components: Mapping[str, Component], schemes: Mapping[str, str]) -> int:

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fluxcanvas.flux_runtime import FluxError
 from fluxcanvas.flux_runtime.weights import load as loading
 from fluxcanvas.flux_runtime.weights.devices import main_device, place
+from fluxcanvas.flux_runtime.weights.sources import open_component
 
 GB = 10**9
 SIZES = {"transformer": 12 * GB, "clip": GB // 4, "t5": 5 * GB, "vae": GB // 6}
@@ -44,9 +46,10 @@ def test_what_fits_nowhere_stays_on_the_cpu_and_is_told(gpus, caplog):
     assert "the transformer (12 GB) fits on no CUDA device" in caplog.text
 
 
-def test_without_a_gpu_all_go_to_one_device(gpus, caplog):
+def test_without_a_gpu_all_go_to_one_device(gpus, caplog, monkeypatch):
     gpus()
-    assert set(names(place(SIZES, "balanced")).values()) == {str(main_device(None))}
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert set(names(place(SIZES, "balanced")).values()) == {"cpu"}
     assert "no CUDA device to balance" in caplog.text
 
 
@@ -70,3 +73,21 @@ def test_parts_are_placed_by_what_they_take_once_loaded(monkeypatch, load, wish)
     for part, module in modules.items():
         held = sum(t.nbytes for t in [*dict(module.named_parameters()).values(), *module.buffers()])
         assert asked[part] == pytest.approx(held, rel=0.25 if "quantize" in wish else 0.01), part
+
+
+def test_a_file_that_is_packed_anew_is_placed_by_what_it_then_takes(tmp_path, demo):
+    """An fp8 file of 8 bits a number as nf4."""
+    path = tmp_path / "fp8.safetensors"
+    matrices = demo.transformer.state_dict()
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in matrices.items()}, path)
+    component = open_component(path, "transformer")
+    plain, packed = (loading._held_bytes(component, scheme, torch.bfloat16) for scheme in (None, "bnb-nf4"))
+    numbers = sum(tensor.numel() for tensor in matrices.values())
+    assert plain >= numbers and packed == pytest.approx(numbers * 4.5 / 8, rel=0.01)
+
+
+def test_a_transformer_that_no_gpu_has_room_for_has_the_type_of_the_cpu(gpus, monkeypatch, load):
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    flux = load("demo", device="balanced")
+    assert (flux.transformer.device.type, flux.transformer.dtype) == ("cpu", torch.float32)
