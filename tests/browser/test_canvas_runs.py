@@ -164,6 +164,17 @@ def test_what_a_node_told_stays_on_it_whole_and_is_there_again_on_a_new_page(new
     assert second.wait(KEPT, find) == told
 
 
+def test_a_text_box_keeps_room_for_its_lines_above_what_its_node_told(canvas):
+    canvas.open_template()
+    canvas.page.evaluate(ADD, ["FluxCanvas_Quantize", ["Load FLUX", None]])
+    canvas.page.evaluate(ADD, ["FluxCanvas_ModelReport", ["Quantize", None]])
+    canvas.run()
+    find = "app.graph._nodes.find(n => n.title === 'Quantize')"
+    told = canvas.wait(KEPT, find)
+    box = canvas.wait(f"{find}.widgets.find(w => w.name === 'keep').element.clientHeight")
+    assert told["whole"] and "linear layers as fp8" in told["text"] and box >= 60
+
+
 def test_a_node_in_a_subgraph_keeps_what_it_told(canvas):
     canvas.open_template("subgraph")
     canvas.run()

@@ -13,6 +13,8 @@ const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const NOTE_STYLE = "font-size:11px; line-height:1.35; opacity:0.75; white-space:pre-wrap; overflow-wrap:anywhere;";
 const NOTE_WIDTH = 270; // of a node with a note, at least
 const NOTE_HEIGHT = 400; // at most; a longer one scrolls
+const NOTE_MARGIN = 24; // the canvas leaves 10 above an element and 10 below
+const BOX_HEIGHT = 80; // of a text box above a note, at least: the canvas leaves it a line and a half
 const NODE_COLOURS = {
   "FluxCanvas/loaders": ["#2f3b52", "#232c3d"],
   "FluxCanvas/model": ["#3a3358", "#2b2642"],
@@ -42,8 +44,12 @@ function noteOf(node) {
   if (present) return present;
   const element = document.createElement("div");
   element.style.cssText = `${NOTE_STYLE} overflow:auto;`;
-  const note = node.addDOMWidget(NOTE, "note", element, { serialize: false, getMinHeight: () => note.needs });
+  const height = () => note.needs; // what room a node has beyond that belongs to its boxes
+  const options = { serialize: false, getMinHeight: height, getMaxHeight: height };
+  const note = node.addDOMWidget(NOTE, "note", element, options);
   note.serialize = false;
+  const boxes = node.widgets.filter((widget) => widget.element?.tagName === "TEXTAREA");
+  for (const box of boxes) box.options.getMinHeight = () => BOX_HEIGHT;
   return note;
 }
 
@@ -64,7 +70,7 @@ function showNote(node, text) {
   const width = Math.max(node.size[0], NOTE_WIDTH);
   const note = noteOf(node);
   note.element.textContent = text;
-  note.needs = Math.min(heightOf(text, width - 30), NOTE_HEIGHT) + 8;
+  note.needs = Math.min(heightOf(text, width - 30), NOTE_HEIGHT) + NOTE_MARGIN;
   node.setSize([width, Math.max(node.size[1], node.computeSize()[1])]);
 }
 
