@@ -109,7 +109,7 @@ def _count(shapes: Mapping[str, Sequence[int]], stack: str) -> int:
 
 
 def recognise(params: FluxParams, hint: str = "") -> Variant:
-    """The variant these shapes belong to; `hint` (a file name or repo id) tells apart those with equal shapes.
+    """The variant these shapes belong to; `hint` (the name of a variant, file or repo) tells equal shapes apart.
 
     dev, Krea and Kontext have one shape, Canny and Depth another: without a telling hint the answer is dev, or canny.
     """

@@ -190,7 +190,7 @@ def load_flux_parts(
     variant: Annotated[
         str,
         Choice((AUTO, *VARIANTS)),
-        "Which FLUX.1 this is: it sets the recommended steps and guidance. auto: by weights and file name.",
+        "Which FLUX.1 this is: it sets recommended steps, guidance and schedule. auto: by weights, header and name.",
     ] = AUTO,
     dtype: Annotated[str, Choice(DTYPES), DTYPE_HELP] = AUTO,
     tokenizers: Annotated[

@@ -322,7 +322,10 @@ def low_rank(layers: Mapping[str, Sequence[int]], down: str, up: str, rank: int 
 
 
 def build_parts(models: Path) -> None:
-    """Transformers and T5 as single files in fewer bits, and the other parts each in a folder with its config."""
+    """Transformers and T5 as single files in fewer bits, and the other parts each in a folder with its config.
+
+    The GGUF files hold other types than their names say: K-quants want rows of 256 numbers, which the demo has not.
+    """
     native = demo_tensors()
     save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in native.items()}, models / "diffusion_models" / FP8)
     write_gguf(native, models / "diffusion_models" / GGUF, "Q5_0")
