@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from step import SIZES, STEPS, Inputs, oracle, ours
-from timing import name_of, seconds
+from timing import name_of, read, seconds
 from torch import Tensor, nn
 
 from fluxcanvas.flux_runtime.lora.apply import applied
@@ -95,18 +95,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    options = read(parser, "float32", rounds=3)
     print(
-        f"{options.size}, rank {options.rank}, {options.dtype}, {name_of(device)}, torch {torch.__version__}\n\n"
+        f"{options.size}, rank {options.rank}, {options.dtype}, {name_of(options.device)}, torch {torch.__version__}\n\n"
         "| way | s a step without | with ÷ without | s to put on | difference to PEFT |\n|---|---|---|---|---|"
     )
-    print(*measure(options.size, options.rank, getattr(torch, options.dtype), device, options.rounds), sep="\n")
+    print(*measure(options.size, options.rank, options.dtype, options.device, options.rounds), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 
 import torch
-from timing import name_of, seconds
+from timing import name_of, read, seconds
 from torch import Tensor, nn
 
 from fluxcanvas.flux_runtime import FluxError, load_flux
@@ -119,17 +119,11 @@ def main() -> None:
     parser.add_argument("--model", choices=SIDES, default="wide")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--all-layers", action="store_true", help="quantise the layers that are kept by default, too")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    model, inputs = build(options.model, getattr(torch, options.dtype), device)
+    options = read(parser, "bfloat16", rounds=3)
+    model, inputs = build(options.model, options.dtype, options.device)
     size = f"{weight_bytes(model) / 1e6:.0f} MB plain"
     print(
-        f"{options.model}, {options.dtype}, {name_of(device)}, torch {torch.__version__}, {size}\n\n"
+        f"{options.model}, {options.dtype}, {name_of(options.device)}, torch {torch.__version__}, {size}\n\n"
         "| scheme | error of the velocity | of the weights | bytes | seconds to quantise | time of a step |\n"
         "|---|---|---|---|---|---|"
     )

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import name_of, seconds
+from timing import name_of, read, seconds
 from torch import Tensor
 
 from fluxcanvas.flux_runtime.layout import Layout
@@ -106,13 +106,8 @@ def measure(size: str, dtype: torch.dtype, device: torch.device, rounds: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    result = measure(options.size, getattr(torch, options.dtype), torch.device(options.device), options.rounds)
+    options = read(parser, "bfloat16", rounds=5)
+    result = measure(options.size, options.dtype, options.device, options.rounds)
     print(json.dumps(result, indent=2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import time
 from collections.abc import Callable
@@ -26,3 +27,15 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def name_of(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def read(parser: argparse.ArgumentParser, dtype: str, rounds: int) -> argparse.Namespace:
+    """The options of a script, with those that all have: `dtype`, `device`, `rounds`; `threads` is set at once."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.dtype, options.device = getattr(torch, options.dtype), torch.device(options.device)
+    return options
