@@ -96,8 +96,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--rank", type=int, default=16)
     options = read(parser, "float32", rounds=3)
+    about = (options.size, f"rank {options.rank}", options.dtype, name_of(options.device), f"torch {torch.__version__}")
     print(
-        f"{options.size}, rank {options.rank}, {options.dtype}, {name_of(options.device)}, torch {torch.__version__}\n\n"
+        ", ".join(map(str, about)) + "\n\n"
         "| way | s a step without | with ÷ without | s to put on | difference to PEFT |\n|---|---|---|---|---|"
     )
     print(*measure(options.size, options.rank, options.dtype, options.device, options.rounds), sep="\n")
