@@ -20,4 +20,4 @@ def euler(velocity: Velocity, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
 
 def advance(x: Tensor, v: Tensor, distance: float) -> Tensor:
     """x + distance * v; a half type rounds the distance too, before the product, as the oracle does on every device."""
-    return x + torch.tensor(distance, dtype=torch.float32).to(v.dtype).item() * v
+    return x + torch.tensor(distance, dtype=torch.float32).to(v.dtype) * v

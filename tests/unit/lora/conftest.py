@@ -8,12 +8,18 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fluxcanvas.flux_runtime import FluxParams
 from fluxcanvas.flux_runtime.lora.formats import Lora, read_lora
+from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
+from fluxcanvas.flux_runtime.quant.gguf import Gguf
+from fluxcanvas.flux_runtime.quant.packed import PackedLinear
+from fluxcanvas.flux_runtime.quant.swap import quantise, sharing_copy
 
 WIDTH, MLP = 8, 32
 # (out, in) of a model of width 8, by the ends of native names.
@@ -126,3 +132,48 @@ def hollow(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+TINY = FluxParams(
+    vec_in_dim=32,
+    context_in_dim=32,
+    hidden_size=64,
+    num_heads=2,
+    mlp_hidden=256,
+    depth=2,
+    depth_single=2,
+    axes_dim=(4, 14, 14),
+)
+
+
+def plain(dtype: torch.dtype = torch.float32) -> FluxTransformer:
+    torch.manual_seed(0)
+    model = FluxTransformer(TINY)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def as_gguf(model: FluxTransformer) -> FluxTransformer:
+    gguf = pytest.importorskip("gguf", reason="the test extra installs gguf, which packs the weights here")
+    packed = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            blocks = gguf.quants.quantize(layer.weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            weight = torch.from_numpy(np.ascontiguousarray(blocks))
+            packed[name] = PackedLinear(
+                [Gguf.from_stored(weight, {}, tuple(layer.weight.shape), {"type": "Q8_0"})], layer.bias
+            )
+    return sharing_copy(model, packed)
+
+
+@pytest.fixture(scope="module")
+def model_of():
+    """`model_of(kind)` -> a tiny transformer whose weights are stored so."""
+
+    def make(kind: str) -> FluxTransformer:
+        if kind in ("float32", "bfloat16"):
+            return plain(getattr(torch, kind))
+        return as_gguf(plain()) if kind == "gguf" else quantise(plain(), kind)[0]
+
+    return make

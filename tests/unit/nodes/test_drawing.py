@@ -12,6 +12,7 @@ from fluxcanvas.flux_runtime.errors import FluxError
 from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.variants import VARIANTS
 from fluxcanvas.nodes import NODE_CLASS_MAPPINGS
+from fluxcanvas.web.host.core_nodes import DISPLAY_NAMES
 
 STEPS = 3
 SIZE = 64
@@ -245,4 +246,4 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(checkout):
         for name in [*groups["required"], *groups.get("optional", {}), *made.RETURN_NAMES]:
             assert f"**{name}**" in page, f"{id}: the help page does not explain {name!r}"
     folders = {folder.name for folder in (checkout / "web" / "js" / "docs").iterdir()}
-    assert folders == set(NODE_CLASS_MAPPINGS), "a help page belongs to no node"
+    assert folders == {*NODE_CLASS_MAPPINGS, *DISPLAY_NAMES}, "a help page belongs to no node"

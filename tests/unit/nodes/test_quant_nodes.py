@@ -111,7 +111,7 @@ def test_what_cannot_be_done_is_said(demo, run):
 )
 def test_a_missing_library_is_named_with_its_extra(demo, run, monkeypatch, scheme, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(FluxError, match=rf'quantising to {scheme} needs {module}.*"fluxcanvas\[{extra}\]"'):
+    with pytest.raises(FluxError, match=rf"quantising to {scheme} needs {module} .*fluxcanvas\[{extra}\]"):
         run("Quantize", scheme=scheme, model=demo.model)
     with pytest.raises(FluxError, match=rf"fluxcanvas\[{extra}\]"):
         run("LoadFlux", source="demo", quantize=scheme)
@@ -169,7 +169,7 @@ def test_the_file_knows_its_variant_and_schedule_whatever_it_is_called(demo, par
 
 def test_loras_are_not_in_the_file_and_the_node_says_so(demo, run, host):
     class Tiny:
-        name, layers, in_channels, values = "tiny", {}, 0, {}
+        name, layers, in_channels, norms = "tiny", {}, 0, {}
 
     (path,) = run("SaveModel", model=replace(demo.model, loras=LoraStack().plus(Tiny())))
     assert "without the LoRAs, which stay files of their own: tiny" in host.texts[-1]
