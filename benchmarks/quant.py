@@ -1,8 +1,9 @@
-"""Every way to quantise a transformer, beside the plain one: `python benchmarks/quant.py --model wide`.
+"""Every way to quantise a transformer, or the demo's T5, beside the plain one: `python benchmarks/quant.py`.
 
 All are asked in turn within one process on the same input, for several rounds; what counts is the median of the rounds'
 ratios. On a CPU it is the process's CPU time that is compared, on a GPU the time between CUDA events. The error is that
-of the velocity, ||quantised - plain|| / ||plain||, averaged over the noise levels; both compute in the same type.
+of the velocity, averaged over the noise levels, or of T5's tokens: ||quantised - plain|| / ||plain||; both compute in
+the same type.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from timing import name_of, read, seconds
 from torch import Tensor, nn
 
-from fluxcanvas.flux_runtime import FluxError, load_flux
+from fluxcanvas.flux_runtime import Flux, FluxError, load_flux
 from fluxcanvas.flux_runtime.layout import Layout
 from fluxcanvas.flux_runtime.model.transformer import FluxTransformer
 from fluxcanvas.flux_runtime.quant.schemes import SCHEMES
@@ -26,6 +27,7 @@ from fluxcanvas.flux_runtime.variants import FluxParams
 WIDTHS = {"wide": 12, "full": 24}  # heads of 128 channels
 BLOCKS = {"wide": (2, 4), "full": (19, 38)}
 SIDES = {"demo": 128, "wide": 512, "full": 1024}
+MODELS = (*SIDES, "t5")
 PROMPT = "a red circle above a blue square"
 TEXT = 256
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -54,7 +56,21 @@ class Inputs:
         return torch.cat([model(self.img, context, modulation[index]) for index in range(len(SIGMAS))])
 
 
-def build(name: str, dtype: torch.dtype, device: torch.device) -> tuple[FluxTransformer, Inputs]:
+class Words:
+    """What T5 makes of a prompt."""
+
+    def __init__(self, flux: Flux) -> None:
+        tokens = flux.text.t5_tokenizer(PROMPT, return_tensors="pt", padding="max_length", truncation=True)
+        self.ids = tokens.input_ids.to(flux.text.t5.device)
+
+    def run(self, model: nn.Module) -> Tensor:
+        return model(self.ids).last_hidden_state
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Inputs | Words]:
+    if name == "t5":
+        flux = load_flux("demo", device=device, dtype=dtype)
+        return flux.text.t5, Words(flux)
     if name == "demo":
         flux = load_flux("demo", device=device, dtype=dtype)
         prompt = flux.text.encode(PROMPT)
@@ -79,7 +95,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return (off / size).mean().item()
 
 
-def make(model: FluxTransformer, scheme: str, keep: Iterable[str]) -> tuple[FluxTransformer, Summary, float] | str:
+def make(model: nn.Module, scheme: str, keep: Iterable[str]) -> tuple[nn.Module, Summary, float] | str:
     """The quantised model, the account of it and how long it took; or why it cannot be had."""
     try:
         SCHEMES[scheme].require(model.device)  # imports the library, which is not to be counted
@@ -92,7 +108,7 @@ def make(model: FluxTransformer, scheme: str, keep: Iterable[str]) -> tuple[Flux
 
 
 @torch.no_grad()
-def rows(model: FluxTransformer, inputs: Inputs, names: Iterable[str], keep: Iterable[str], rounds: int) -> list[str]:
+def rows(model: nn.Module, inputs: Inputs | Words, names: Iterable[str], keep: Iterable[str], rounds: int) -> list[str]:
     expected, size, device = inputs.run(model), weight_bytes(model), model.device
     lines = []
     for name in names:
@@ -116,7 +132,7 @@ def rows(model: FluxTransformer, inputs: Inputs, names: Iterable[str], keep: Ite
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SIDES, default="wide")
+    parser.add_argument("--model", choices=MODELS, default="wide")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--all-layers", action="store_true", help="quantise the layers that are kept by default, too")
     options = read(parser, "bfloat16", rounds=3)
@@ -124,7 +140,7 @@ def main() -> None:
     size = f"{weight_bytes(model) / 1e6:.0f} MB plain"
     print(
         f"{options.model}, {options.dtype}, {name_of(options.device)}, torch {torch.__version__}, {size}\n\n"
-        "| scheme | error of the velocity | of the weights | bytes | seconds to quantise | time of a step |\n"
+        "| scheme | error of the output | of the weights | bytes | seconds to quantise | time of a step |\n"
         "|---|---|---|---|---|---|"
     )
     for name in options.schemes:
