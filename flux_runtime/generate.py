@@ -158,14 +158,14 @@ def _keep(
         raise FluxError(
             f"{len(mask)} masks cannot be shared out among {len(source)} pictures; use 1 or a divisor of {len(source)}"
         )
-    fitted = F.interpolate(mask, size=(height, width), mode="nearest").to(source)
+    fitted = F.interpolate(mask, size=(height, width), mode="nearest")
     if not fitted.flatten(1).any(1).all():
         raise FluxError(
             f"the mask marks nothing at the latents' {width}x{height} (one for 8x8 pixels), so nothing would be drawn: "
             "paint a larger part white, or grow the mask"
         )
     channels = source.shape[-1] // 4
-    flags = pack(fitted.repeat(len(source) // len(mask), channels, 1, 1))
+    flags = pack(fitted.repeat(len(source) // len(mask), channels, 1, 1)).to(source)
     return (Differential if soft else KeepOutside)(source, noise, flags)
 
 

@@ -95,9 +95,9 @@ class Bench:
 
     def run(self, name: str, settings: Sequence[str] = ()) -> RunResult:
         """Run a shipped workflow as it is, but for these settings and the stand-ins."""
-        return self.runner.execute(self._prepared(name, settings))
+        return self.runner.execute(self.prepared(name, settings))
 
-    def _prepared(self, name: str, settings: Sequence[str] = ()) -> Prepared:
+    def prepared(self, name: str, settings: Sequence[str] = ()) -> Prepared:
         source = read_workflow(WORKFLOWS / f"{name}.json")
         prompt = convert(source.workflow, self.definitions)
         return self.runner.prepare(source, [*stand_in(prompt), *settings])
@@ -111,7 +111,7 @@ class Bench:
 
     def rewired(self, name: str, swap: tuple[str, str]) -> Image.Image:
         """What a workflow draws with two nodes of its chain of conditionings in each other's places."""
-        prompt = self._prepared(name).prompt
+        prompt = self.prepared(name).prompt
         swap_in_chain(prompt, *(find_titled(prompt, title) for title in swap))
         ((found,),) = saved_pictures(self.runner.execute(self.runner.prepare(recognise(prompt))).pictures).values()
         return found
