@@ -51,10 +51,10 @@ class Scale:
 
 CPU = Scale(
     steps={"vae": 4400, "text": 1200, "flow": 3200, "distil": 260},
-    shards={128: 48, 256: 20},
+    shards={128: 84, 256: 36},
     params=train_flow.TINY,
     diet=Diet(),
-    continued=Diet(rate=0.008, adam_rate=8e-4, size_weights=(1, 1.3)),
+    continued=Diet(rate=0.010, adam_rate=1e-3, size_weights=(1.3, 1)),
 )
 GPU = Scale(
     steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000},
@@ -183,8 +183,7 @@ class Training:
 
     def _untrained_text(self) -> Text:
         if self.start:
-            old = self.start.text
-            return Text(old.clip.float(), old.t5.float(), old.clip_tokenizer, old.t5_tokenizer)
+            return train_text.text_of(self.start)
         return train_text.new_text(self.seed, captions=self.scale.captions)
 
     def _new_transformer(self) -> FluxTransformer:

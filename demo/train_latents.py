@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .scenes import TRAINING, Scene, sample_scene
 
 SHARD = 256
 Encode = Callable[[Tensor], Tensor]
+Draw = Callable[[Scene, int], Image.Image]
 
 
 def shard_scenes(seed: int, size: int, index: int) -> list[Scene]:
@@ -30,25 +32,24 @@ def shard_path(folder: Path, seed: int, size: int, index: int) -> Path:
     return folder / f"latents-{seed}-{size}-{index:04d}.safetensors"
 
 
-def write_shards(encode: Encode, folder: Path, seed: int, size: int, count: int) -> None:
+def write_shards(encode: Encode, folder: Path, seed: int, size: int, count: int, draw: Draw = render) -> None:
     """Encode the shards that are not there yet; `encode` takes pictures (B, 3, size, size) in -1..1."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         path = shard_path(folder, seed, size, index)
         if path.exists():
             continue
-        parts = [
-            encode(to_tensor(scenes, size)).half().cpu() for scenes in _chunks(shard_scenes(seed, size, index), 16)
-        ]
+        batches = _chunks(shard_scenes(seed, size, index), 16)
+        parts = [encode(to_tensor(scenes, size, draw)).half().cpu() for scenes in batches]
         unfinished = path.with_suffix(".part")
         save_file({"latents": torch.cat(parts).contiguous()}, unfinished)
         os.replace(unfinished, path)
         print(f"latents: {size} px, shard {index + 1} of {count}", flush=True)
 
 
-def to_tensor(scenes: list[Scene], size: int) -> Tensor:
+def to_tensor(scenes: list[Scene], size: int, draw: Draw = render) -> Tensor:
     """Scenes drawn as (B, 3, size, size) in -1..1."""
-    pictures = [torch.frombuffer(bytearray(render(scene, size).tobytes()), dtype=torch.uint8) for scene in scenes]
+    pictures = [torch.frombuffer(bytearray(draw(scene, size).tobytes()), dtype=torch.uint8) for scene in scenes]
     return torch.stack(pictures).reshape(-1, size, size, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

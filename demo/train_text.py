@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flux_runtime.flux import Flux
 from .captions import caption
 from .facts import Facts
 from .scenes import BACKGROUNDS, COLOR_NAMES, KINDS, ROWS, SIZES, SLOTS, TRAINING, Scene, sample_scene
@@ -47,6 +48,12 @@ class Text(nn.Module):
         t5_ids = _ids(self.t5_tokenizer, texts, length).to(device)
         clip_ids = _ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
+
+
+def text_of(flux: Flux) -> Text:
+    """The text side of a loaded model, in float32."""
+    old = flux.text
+    return Text(old.clip.float(), old.t5.float(), old.clip_tokenizer, old.t5_tokenizer)
 
 
 def _ids(tokenizer: object, texts: list[str], length: int) -> Tensor:

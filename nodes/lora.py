@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FOLDERS = ("loras",)
 PUBLISHED = (
+    "demo/sepia",  # comes along, for the demo model
     "black-forest-labs/FLUX.1-Canny-dev-lora",
     "black-forest-labs/FLUX.1-Depth-dev-lora",
     "ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors",
@@ -41,7 +42,8 @@ _foreign_changes: list[Path] = []  # one for each time that such a file was foun
 FileChoice = Annotated[
     str,
     Choice(files(*FOLDERS, more=PUBLISHED)),
-    "A file from the model folder loras, or a published LoRA by its name, which is downloaded once.",
+    "A file from the model folder loras, or a published LoRA by its name, which is downloaded once. demo/sepia "
+    "comes along, for the demo model.",
 ]
 SlotChoice = Annotated[
     str,

@@ -6,15 +6,20 @@ from pathlib import Path
 
 from ..errors import FluxError
 from ..weights.hub import Progress, fetch_model, split_source
+from ..weights.sources import DEMO
 from .formats import Lora, read_lora
+
+DEMO_LORAS = {f"demo/{path.stem}": path for path in sorted((DEMO.parent / "loras").glob("*.safetensors"))}
 
 
 def load_lora(source: str | Path, *, progress: Progress | None = None) -> Lora:
     """Read a LoRA from a .safetensors file, or from a repository: `owner/name`, or `owner/name/file.safetensors`.
 
-    Its numbers stay in the mapped file until it is applied. Raises `FluxError` for what is no LoRA for FLUX.1.
+    `demo/sepia` is the one that comes along, for the demo model. Its numbers stay in the mapped file until it is
+    applied. Raises `FluxError` for what is no LoRA for FLUX.1.
     """
-    path = Path(str(source).strip()).expanduser()
+    text = str(source).strip()
+    path = DEMO_LORAS.get(text, Path(text).expanduser())
     if path.is_file():
         return read_lora(path)
     if path.is_dir():

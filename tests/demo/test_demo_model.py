@@ -7,7 +7,7 @@ import pytest
 
 from fluxcanvas.demo import WEIGHTS, judge
 from fluxcanvas.demo.evaluation import figures, held_out, judge_pictures
-from fluxcanvas.flux_runtime import text_to_image
+from fluxcanvas.flux_runtime import load_lora, text_to_image
 
 SEED = "captions for the test of the model"
 MEGABYTE = 1_000_000
@@ -31,6 +31,19 @@ def test_another_prompt_is_another_picture(demo):
     seen = judge.look(images)
     assert [one.background for one in seen] == ["plain", "snow"]
     assert not judge.follows(images[0], prompts[1]).ok and not judge.follows(images[1], prompts[0]).ok
+
+
+def test_its_lora_draws_in_sepia(demo):
+    """Of an old print all is brown: nowhere more blue than green, or more green than red."""
+    prompts = ["a red house on a green meadow under a yellow sun", "a blue boat on the sea"]
+
+    def brown(flux) -> float:
+        images = text_to_image(flux, prompts, width=128, height=128, steps=8, seed=5, output="numpy")
+        red, green, blue = images[..., 0], images[..., 1], images[..., 2]
+        return ((red > green) & (green > blue)).mean()
+
+    assert brown(demo.with_loras(load_lora("demo/sepia"))) > 0.9
+    assert brown(demo) < 0.3
 
 
 def test_the_package_is_small():

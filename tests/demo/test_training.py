@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxcanvas.demo import train, train_flow, train_vae
+from fluxcanvas.demo import train, train_flow, train_lora, train_vae
 from fluxcanvas.demo.scenes import sample_scene
 from fluxcanvas.demo.train_latents import SHARD, Latents, shard_scenes, write_shards
+from fluxcanvas.demo.train_look import assemble
 from fluxcanvas.demo.train_text import answers, lesson, new_text, stated
 from fluxcanvas.demo.train_tools import Muon, Plan, orthogonal
-from fluxcanvas.flux_runtime import load_flux, text_to_image
+from fluxcanvas.flux_runtime import load_flux, load_lora, text_to_image
 from fluxcanvas.flux_runtime.model.vae import AutoEncoder, VaeParams
 from fluxcanvas.flux_runtime.variants import FluxParams
 
@@ -203,3 +204,49 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch, capsys):
     assert flux.model.params == train.TRY.params and flux.text.default_tokens == 24
     train.main()
     assert "flow: step" not in capsys.readouterr().out  # what is done is not done again
+
+
+def speaking() -> train_flow.FluxTransformer:
+    """A transformer whose blocks and output are not silent, always the same one."""
+    torch.manual_seed(2)
+    return train_flow.FluxTransformer(PARAMS).eval()
+
+
+def lora(kitchen, folder: Path, until: int | None = None) -> tuple[torch.nn.Module, dict[str, train_lora.LowRank]]:
+    """Three steps of a LoRA on `speaking` weights."""
+    model = speaking()
+    changes = train_lora.attach(model, rank=2, seed=3)
+    plan = Plan("lora", 3, seed=3, warmup=1, save_every=1)
+    return train_lora.train_lora(model, kitchen, plan, folder, until), changes
+
+
+def test_a_resumed_lora_equals_an_uninterrupted_one_and_leaves_the_model_as_it_was(kitchen, tmp_path):
+    whole, _ = lora(kitchen, tmp_path / "whole")
+    halted, _ = lora(kitchen, tmp_path / "halted", until=1)
+    assert not same(whole.state_dict(), halted.state_dict())
+    resumed, changes = lora(kitchen, tmp_path / "halted")
+    assert same(whole.state_dict(), resumed.state_dict())
+    before, layers = speaking().state_dict(), dict(resumed.named_modules())
+    assert len(changes) == 8 + 2
+    for name, change in changes.items():
+        assert torch.equal(layers[name].parametrizations.weight.original, before[f"{name}.weight"])
+        assert change.up.abs().max() > 0
+    after = resumed.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name in after)
+
+
+def test_a_saved_lora_does_to_the_model_what_it_did_in_training(kitchen, tmp_path):
+    trained, changes = lora(kitchen, tmp_path)
+    with torch.no_grad():
+        for change in changes.values():
+            change.up.mul_(30)  # so that it shows
+            for factor in (change.up, change.down):
+                factor.copy_(factor.bfloat16())
+    train_lora.save_lora(tmp_path / "chalk.safetensors", changes)
+    vae = AutoEncoder(VAE)
+    plain = assemble(speaking(), vae, kitchen.text)
+    settings = {"seed": 1, "steps": 2, "width": 64, "height": 64, "max_sequence_length": 24, "output": "latent"}
+    wanted = text_to_image(assemble(trained, vae, kitchen.text), "a red house", **settings)
+    assert not torch.allclose(text_to_image(plain, "a red house", **settings), wanted, rtol=1e-2)
+    found = text_to_image(plain.with_loras(load_lora(tmp_path / "chalk.safetensors")), "a red house", **settings)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)

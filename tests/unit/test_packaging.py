@@ -92,7 +92,8 @@ def test_the_wheel_holds_every_module_and_all_data(checkout: Path, names: set[st
         for folder in folders_with_python(checkout)
         for file in (checkout / folder).glob("*.py")
     }
-    data = tracked(checkout, "demo/weights/**/*", "demo/judge.safetensors", "web/js/**/*", "workflows/**/*")
+    patterns = ("demo/weights/**/*", "demo/loras/*", "demo/judge.safetensors", "web/js/**/*", "workflows/**/*")
+    data = tracked(checkout, *patterns)
     assert any(name.endswith(".safetensors") for name in data)
     assert any(name.startswith("fluxcanvas/workflows/api/") for name in data)
     assert modules | data <= names, sorted((modules | data) - names)
@@ -103,6 +104,7 @@ def test_the_wheel_holds_nothing_else(names: set[str]) -> None:
         "fluxcanvas/*.py",
         "fluxcanvas/requirements.txt",
         "fluxcanvas/demo/weights/*",
+        "fluxcanvas/demo/loras/*",
         "fluxcanvas/demo/judge.safetensors",
         "fluxcanvas/web/js/*",
         "fluxcanvas/workflows/*",

@@ -289,7 +289,7 @@ def build_loras(folder: Path) -> None:
     theirs = load_file(DEMO / "transformer" / WEIGHTS)
     blocks = {f"transformer.{key.removesuffix('.weight')}": t.shape for key, t in theirs.items() if "blocks." in key}
     blocks = {layer: size for layer, size in blocks.items() if len(size) == 2}
-    save(low_rank(blocks, "lora_A", "lora_B"), folder / TURBO)
+    save(low_rank(blocks, "lora_A", "lora_B", share=0.16), folder / TURBO)  # used at an eighth of its strength
     for name in XLABS_LORAS:
         save(low_rank(xlabs_layers(layers), "down", "up"), folder / lora_file(name))
 
@@ -309,14 +309,16 @@ def xlabs_layers(layers: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]
     return found
 
 
-def low_rank(layers: Mapping[str, Sequence[int]], down: str, up: str, rank: int = 4) -> dict[str, torch.Tensor]:
-    """Both matrices of each layer, whose size is (rows, columns); their product is a twelfth of usual weights."""
+def low_rank(
+    layers: Mapping[str, Sequence[int]], down: str, up: str, rank: int = 4, share: float = 0.08
+) -> dict[str, torch.Tensor]:
+    """Both matrices of each layer, whose size is (rows, columns); their product is such a share of usual weights."""
     return {
         f"{layer}.{name}.weight": tensor
         for layer, (rows, columns) in layers.items()
         for name, tensor in (
             (down, torch.randn(rank, columns) / columns**0.5),
-            (up, 0.08 * torch.randn(rows, rank) / rank**0.5),
+            (up, share * torch.randn(rows, rank) / rank**0.5),
         )
     }
 

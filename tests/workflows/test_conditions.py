@@ -54,7 +54,7 @@ CHANGES = {
     "eight-bits": ["Load FLUX.quantize=none", "Load FLUX.quantize_t5=bnb-nf4"],
     "quanto-float8": ["Load FLUX Parts.quantize=none", "Load FLUX Parts.quantize_t5=none"],
     "gguf": ["Load FLUX Parts.transformer=flux1-dev-fp8.safetensors", "Load FLUX Parts.t5=t5/model.safetensors"],
-    "quantize": ["Quantize.scheme=bnb-nf4", "Quantize.scheme=none", "Quantize.t5_scheme=none"],
+    "quantize": ["Quantize.scheme=bnb-nf4", "Quantize.scheme=none", "Quantize.t5_scheme=bnb-nf4"],
 }  # fmt: skip
 # Those that draw within a mask, with the mask's node and the picture's.
 MASKED = ["inpaint", "control-inpaint", "controlnet-inpaint", "kontext-inpaint", "kontext-inpaint-reference"]

@@ -20,7 +20,7 @@ PIPELINES = (
     "control-image-to-image", "control-inpaint", "controlnet", "controlnet-image-to-image", "controlnet-inpaint",
     "redux", "kontext", "kontext-inpaint", "ip-adapter",
 )  # fmt: skip
-# What each saved picture is to show, by the prefix of its name: each is judged against what its prompt states.
+# What each saved picture is to show, by the prefix of its name: judged by what its prompt states, if given.
 SHOWS = {
     "text-to-image": {"fluxcanvas": ["a purple hot air balloon over a white house at sunset"]},
     "negative-prompt": {"fluxcanvas-negative": ["a yellow moon over a white house"]},
@@ -40,6 +40,10 @@ SHOWS = {
     "controlnet": {"fluxcanvas-controlnet": ["a red boat on the sea under a yellow sun"]},
     "controlnet-inpaint": {"fluxcanvas-controlnet-inpaint": ["a blue house on a green meadow under a yellow sun"]},
     "lora": {"fluxcanvas-lora": ["a white house in the snow under a blue hot air balloon"]},
+    "lora-demo": {
+        "fluxcanvas-plain": ["a purple hot air balloon over a white house at sunset"],
+        "fluxcanvas-sepia": [""],  # of these colours the judge knows nothing
+    },
     "lora-stack": {"fluxcanvas-lora-stack": ["a red boat on the sea under a yellow sun"]},
     "turbo-fill": {"fluxcanvas-turbo-fill": ["a green tree on a green meadow under a yellow sun"]},
     "eight-bits": {"fluxcanvas-eight-bits": ["a white house at night under a yellow moon"]},
@@ -92,7 +96,7 @@ def test_it_runs_and_saves_its_pictures(bench, name):
 def test_pictures_show_what_the_prompts_say(bench, name):
     for prefix, prompts in SHOWS[name].items():
         for picture, prompt in zip(bench.pictures(name)[prefix], prompts, strict=True):
-            assert judge.follows(picture, prompt).reasons == (), f"{prefix}: {prompt}"
+            assert not prompt or judge.follows(picture, prompt).reasons == (), f"{prefix}: {prompt}"
 
 
 def _deviation(picture: Image.Image) -> float:
