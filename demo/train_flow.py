@@ -188,6 +188,19 @@ def weighted_error(predicted: Tensor, wanted: Tensor, truth: Shown, object_weigh
     return ((predicted - wanted).square().mean(2) * weight).sum() / weight.sum()
 
 
+def flow_error(
+    model: FluxTransformer, kitchen: Kitchen, plan: Plan, step: int, guidance: float | None = None
+) -> tuple[Tensor, Meal]:
+    """How far a step's velocities are from those of its pictures, and the batch; guidance None: any, for each."""
+    rng, generator = plan.dice(step)
+    meal = kitchen.meal(rng, kitchen.diet.empty)
+    asked, words = Question.about(meal, generator), kitchen.words(meal.texts, meal.length)
+    told = asked.guidance if guidance is None else torch.full_like(asked.guidance, guidance)
+    with half_precision(kitchen.device):
+        found = velocity(model, asked.noisy, asked.sigma, told, words, meal.side)
+    return weighted_error(found, asked.noise - meal.clean, meal.shown, kitchen.diet.object_weight), meal
+
+
 def train_flow(
     model: FluxTransformer,
     kitchen: Kitchen,
@@ -202,12 +215,7 @@ def train_flow(
     aided = Aid(model.to(device)).to(device)
 
     def loss_of(step: int) -> Tensor:
-        rng, generator = plan.dice(step)
-        meal = kitchen.meal(rng, diet.empty)
-        asked, words = Question.about(meal, generator), kitchen.words(meal.texts, meal.length)
-        with half_precision(device):
-            found = velocity(model, asked.noisy, asked.sigma, asked.guidance, words, meal.side)
-        loss = weighted_error(found, asked.noise - meal.clean, meal.shown, diet.object_weight)
+        loss, meal = flow_error(model, kitchen, plan, step)
         return loss + diet.aid * (1 - step / plan.steps) * aided.loss(meal.shown)
 
     optimiser = Muon(aided.named_parameters(), diet.rate, diet.adam_rate, is_matrix)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..flux_runtime.weights.load import load_flux
 from .drawing import render
 from .scenes import Scene
-from .train_flow import Diet, Kitchen, Question, velocity, weighted_error
+from .train_flow import Diet, Kitchen, flow_error
 from .train_latents import Latents, write_shards
 from .train_text import text_of
 from .train_tools import Course, Muon, Plan
@@ -63,17 +63,12 @@ def attach(model: nn.Module, rank: int, seed: int) -> dict[str, LowRank]:
 
 def train_lora(model: nn.Module, kitchen: Kitchen, plan: Plan, folder: Path, until: int | None = None) -> nn.Module:
     """Teach what `attach` has left free to draw the kitchen's pictures."""
-    diet = kitchen.diet
 
     def loss_of(step: int) -> Tensor:
-        rng, generator = plan.dice(step)
-        meal = kitchen.meal(rng, diet.empty)
-        asked, words = Question.about(meal, generator), kitchen.words(meal.texts, meal.length)
-        found = velocity(model, asked.noisy, asked.sigma, torch.ones_like(asked.guidance), words, meal.side)
-        return weighted_error(found, asked.noise - meal.clean, meal.shown, diet.object_weight)
+        return flow_error(model, kitchen, plan, step, guidance=1.0)[0]
 
     free = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimiser = Muon(free, diet.rate, diet.adam_rate, lambda _: False)
+    optimiser = Muon(free, kitchen.diet.rate, kitchen.diet.adam_rate, lambda _: False)
     return Course(plan, model, optimiser, folder, decay=0.98).run(loss_of, until=until)
 
 

@@ -242,11 +242,11 @@ def test_a_saved_lora_does_to_the_model_what_it_did_in_training(kitchen, tmp_pat
             change.up.mul_(30)  # so that it shows
             for factor in (change.up, change.down):
                 factor.copy_(factor.bfloat16())
-    train_lora.save_lora(tmp_path / "chalk.safetensors", changes)
+    train_lora.save_lora(tmp_path / "print.safetensors", changes)
     vae = AutoEncoder(VAE)
     plain = assemble(speaking(), vae, kitchen.text)
     settings = {"seed": 1, "steps": 2, "width": 64, "height": 64, "max_sequence_length": 24, "output": "latent"}
     wanted = text_to_image(assemble(trained, vae, kitchen.text), "a red house", **settings)
     assert not torch.allclose(text_to_image(plain, "a red house", **settings), wanted, rtol=1e-2)
-    found = text_to_image(plain.with_loras(load_lora(tmp_path / "chalk.safetensors")), "a red house", **settings)
+    found = text_to_image(plain.with_loras(load_lora(tmp_path / "print.safetensors")), "a red house", **settings)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
