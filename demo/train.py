@@ -25,7 +25,7 @@ from ..flux_runtime.variants import FluxParams
 from ..flux_runtime.weights.load import load_flux
 from . import train_flow, train_text, train_vae
 from .train_export import DEFAULT_TOKENS, export
-from .train_flow import Diet, Kitchen
+from .train_flow import Diet, Kitchen, Larder
 from .train_latents import Latents, write_shards
 from .train_look import looker
 from .train_text import Text
@@ -54,7 +54,9 @@ CPU = Scale(
     shards={128: 84, 256: 36},
     params=train_flow.TINY,
     diet=Diet(),
-    continued=Diet(rate=0.010, adam_rate=1e-3, size_weights=(1.3, 1)),
+    continued=Diet(
+        rate=0.010, adam_rate=1e-3, size_weights=(1.3, 1), counts=(0.4, 1, 1.5), kinds=(("flower", 1.5), ("star", 1.2))
+    ),
 )
 GPU = Scale(
     steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000},
@@ -87,9 +89,12 @@ class Training:
         start: Path | None = None,
         distilled: Path | None = None,
         tokens: int = DEFAULT_TOKENS,
+        workers: int = 0,
+        anew: bool = False,
     ) -> None:
-        self.work, self.scale, self.seed, self.device = work, scale, seed, device
+        self.work, self.scale, self.seed, self.device, self.workers = work, scale, seed, device, workers
         self.start_folder, self.distilled_folder, self.tokens = start, distilled, tokens
+        self.goes_on = start is not None and not anew  # with the transformer too, not only its VAE and text encoders
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
@@ -108,7 +113,7 @@ class Training:
 
     def _plan(self, stage: str) -> Plan:
         steps = self.scale.steps[stage]
-        return Plan(stage, steps, self.seed, look_every=max(8, steps // 8))
+        return Plan(stage, steps, self.seed, look_every=max(8, steps // 8), workers=self.workers)
 
     # ------------------------------------------------------------ stages
     def _vae(self) -> None:
@@ -127,20 +132,20 @@ class Training:
         if done.exists():
             return
         text = self._untrained_text().to(self.device).train().requires_grad_(True)
-        train_text.train_text(text, self.work, self.seed, self.scale.steps["text"], bool(self.start))
+        train_text.train_text(text, self.work, self._plan("text"), bool(self.start))
         store(text, done)
 
     def _latents(self) -> None:
         encode = train_vae.encoder_of(self.vae(), self.device)
         for size, count in self.scale.shards.items():
-            write_shards(encode, self.work / "latents", self.seed, size, count)
+            write_shards(encode, self.work / "latents", self.seed, size, count, workers=self.workers)
 
     def _flow(self) -> None:
         path = self.work / "flow.safetensors"
         if path.exists():
             return
         model = self._new_transformer()
-        if self.start:
+        if self.goes_on:
             model.load_state_dict(self.start.transformer.state_dict())
         plan = self._plan("flow")
         train_flow.train_flow(model, self._kitchen(), plan, self.work, self._looker("flow", cfg=3.0))
@@ -187,14 +192,14 @@ class Training:
         return train_text.new_text(self.seed, captions=self.scale.captions)
 
     def _new_transformer(self) -> FluxTransformer:
-        params = self.start.model.params if self.start else self.scale.params
+        params = self.start.model.params if self.goes_on else self.scale.params
         return train_flow.new_transformer(params, self.seed)
 
     def _kitchen(self) -> Kitchen:
         folder = self.work / "latents"
         latents = {size: Latents(folder, self.seed, size, count) for size, count in self.scale.shards.items()}
-        diet = self.scale.continued if self.start else self.scale.diet
-        return Kitchen(latents, self.text(), diet, self.device)
+        diet = self.scale.continued if self.goes_on else self.scale.diet
+        return Kitchen(Larder(latents, diet), self.text(), self.device)
 
     def _looker(self, stage: str, **settings: float) -> Callable[[nn.Module, int], str]:
         vae, sizes = self.vae().to(self.device), tuple(self.scale.shards)
@@ -238,19 +243,30 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--start", type=Path, help="FLUX folder to go on from (undistilled); without it, from nothing")
     parser.add_argument("--distilled", type=Path, help="distilled sister of --start: a head start for the distillation")
+    parser.add_argument(
+        "--new-transformer", action="store_true", help="take only the VAE and the text encoders from --start"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that prepare batches ahead, for a GPU not to wait"
+    )
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="default T5 tokens of the exported model")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument(
         "--steps", nargs="*", default=[], metavar="STAGE=N", help="other numbers of steps than the scale's"
     )
     args = parser.parse_args()
+    if args.new_transformer and (args.distilled or not args.start):
+        parser.error("--new-transformer needs --start, and --distilled goes with a transformer that goes on")
     torch.set_num_threads(args.threads)
     scale = SCALES[args.scale]
     own = {stage: int(count) for stage, count in (item.split("=") for item in args.steps)}
     scale = replace(scale, steps=scale.steps | own)
-    run = Training(args.work, scale, args.seed, torch.device(args.device), args.start, args.distilled, args.tokens)
+    device = torch.device(args.device)
+    run = Training(
+        args.work, scale, args.seed, device, args.start, args.distilled, args.tokens, args.workers, args.new_transformer
+    )
     run.run(tuple(stage for stage in STAGES if stage in args.stages))
 
 

@@ -1,8 +1,11 @@
 """Stages "flow" and "distil": a rectified flow on latents, then its guidance folded into the guidance embedding."""
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from .captions import caption
 from .scenes import COLOR_NAMES, KINDS, Scene, cells
 from .train_latents import Latents
 from .train_text import Text
-from .train_tools import Course, Muon, Plan, half_precision
+from .train_tools import Course, Muon, Plan, half_precision, moved
 
 TINY = FluxParams(
     vec_in_dim=128,
@@ -30,16 +33,20 @@ TINY = FluxParams(
 )
 NOTHING, UNASKED = len(KINDS), -100
 GUIDANCE = (1.0, 5.0)
+UNHEARD = 0.08  # the share of captions that the distilled model is not told
 
 
 @dataclass(frozen=True)
 class Diet:
-    """What the transformer is fed: picture sizes with weights and batches, T5 lengths with weights (long ones in the
-    distillation too, so that prompts padded to 512 tokens work), and what counts how much."""
+    """What the transformer is fed: picture sizes with weights and batches, how often scenes of one, two and three
+    things and of each kind come, T5 lengths with weights (long ones in the distillation too, so that prompts padded to
+    512 tokens work), and what counts how much."""
 
     sizes: tuple[int, ...] = (128, 256)
     size_weights: tuple[float, ...] = (1, 1)
     batches: tuple[int, ...] = (40, 12)
+    counts: tuple[float, float, float] = (1, 1, 1)
+    kinds: tuple[tuple[str, float], ...] = ()
     lengths: tuple[int, ...] = (32, 48, 64)
     length_weights: tuple[float, ...] = (2, 5, 3)
     long_lengths: tuple[int, ...] = (128, 256, 512)
@@ -49,6 +56,10 @@ class Diet:
     aid: float = 0.1
     rate: float = 0.015
     adam_rate: float = 1.5e-3
+
+    def weight(self, scene: Scene) -> float:
+        """How often a scene comes. A caption tells things and their number, so the flow of each stays the same."""
+        return self.counts[len(scene.things) - 1] * math.prod(dict(self.kinds).get(t.kind, 1) for t in scene.things)
 
 
 @dataclass(frozen=True)
@@ -71,13 +82,52 @@ class Shown:
     place: Tensor
 
 
-class Kitchen:
-    """Makes batches from the cached latents, with new words every time."""
+@dataclass(frozen=True)
+class Question:
+    """What is mixed into a batch, and how much: noise like its clean tokens, sigma (B,) and guidance (B,)."""
 
-    def __init__(self, latents: Mapping[int, Latents], text: Text, diet: Diet, device: torch.device) -> None:
-        self.latents, self.text, self.diet, self.device = latents, text, diet, device
+    noise: Tensor
+    sigma: Tensor
+    guidance: Tensor
+
+    @classmethod
+    def about(cls, meal: Meal, generator: torch.Generator) -> "Question":
+        count = len(meal.clean)
+        sigma = noise_levels(count, meal.side, generator)
+        noise = torch.randn(meal.clean.shape, generator=generator)
+        low, high = GUIDANCE
+        return cls(noise, sigma, low + (high - low) * torch.rand(count, generator=generator))
+
+    def noisy(self, clean: Tensor) -> Tensor:
+        share = self.sigma[:, None, None]
+        return (1 - share) * clean + share * self.noise
+
+
+@dataclass(frozen=True)
+class Larder:
+    """Makes batches, on the CPU, from the cached latents, with new words every time."""
+
+    latents: Mapping[int, Latents]
+    diet: Diet
+
+    @cached_property
+    def weights(self) -> dict[int, list[float]]:
+        """Of every size, the scenes' weights summed up."""
+        return {size: list(accumulate(map(self.diet.weight, of.scenes))) for size, of in self.latents.items()}
+
+    def flow(self, rng: random.Random, generator: torch.Generator) -> tuple[Meal, Question]:
+        """A batch for the flow, in which some captions are empty."""
+        meal = self.meal(rng, self.diet.empty)
+        return meal, Question.about(meal, generator)
+
+    def distil(self, rng: random.Random, generator: torch.Generator) -> tuple[Meal, Question, Tensor]:
+        """A batch for the distillation, and which of its captions (B,) the student does not hear."""
+        meal = self.meal(rng, 0.0)
+        asked = Question.about(meal, generator)
+        return meal, asked, torch.tensor([rng.random() < UNHEARD for _ in meal.texts])
 
     def meal(self, rng: random.Random, empty: float) -> Meal:
+        """Some scenes of one size; each caption is empty with this chance."""
         diet = self.diet
         size = rng.choices(diet.sizes, diet.size_weights)[0]
         count, length = diet.batches[diet.sizes.index(size)], rng.choices(diet.lengths, diet.length_weights)[0]
@@ -85,16 +135,29 @@ class Kitchen:
             length = rng.choice(diet.long_lengths)
             canvas = (size // 16) ** 2
             count = max(2, count * (canvas + 64) // (canvas + length))
-        latents, scenes = self.latents[size].batch(rng, count)
+        latents, scenes = self.latents[size].batch(rng, count, self.weights[size])
         texts = ["" if rng.random() < empty else caption(scene, rng).text for scene in scenes]
-        return Meal(pack(latents).to(self.device), texts, shown(scenes, size // 16, self.device), size // 8, length)
+        return Meal(pack(latents), texts, shown(scenes, size // 16), size // 8, length)
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """What the steps of a flow have in common: batches, and encoders for their words, on the device."""
+
+    larder: Larder
+    text: Text
+    device: torch.device
+
+    @property
+    def diet(self) -> Diet:
+        return self.larder.diet
 
     def words(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return self.text(texts, length)
 
 
-def shown(scenes: list[Scene], side: int, device: torch.device) -> Shown:
+def shown(scenes: list[Scene], side: int) -> Shown:
     """What each of the side x side tokens is part of; used to weigh the loss and for the aid."""
     kind = torch.full((len(scenes), side, side), NOTHING)
     color, place = torch.full_like(kind, UNASKED), torch.zeros(*kind.shape, 2)
@@ -107,7 +170,7 @@ def shown(scenes: list[Scene], side: int, device: torch.device) -> Shown:
             color[index, rows, columns] = COLOR_NAMES.index(thing.color)
             place[index, rows, columns, 0] = ((ticks - thing.x) / ((x1 - x0) / 2))[columns]
             place[index, rows, columns, 1] = ((ticks - thing.y) / ((y1 - y0) / 2))[rows, None]
-    return Shown(*(part.flatten(1, 2).to(device) for part in (kind, color, place)))
+    return Shown(*(part.flatten(1, 2) for part in (kind, color, place)))
 
 
 class Aid(nn.Module):
@@ -126,11 +189,10 @@ class Aid(nn.Module):
         tokens = truth.kind.shape[1]
         kind, color, place = self.head(self._kept[:, -tokens:].float()).split((NOTHING + 1, len(COLOR_NAMES), 2), -1)
         things = truth.kind != NOTHING
+        count = things.sum().clamp(min=1)
         loss = F.cross_entropy(kind.flatten(0, 1), truth.kind.flatten())
-        if things.any():
-            loss = loss + F.cross_entropy(color[things], truth.color[things])
-            loss = loss + (place[things] - truth.place[things]).abs().mean()
-        return loss
+        off = F.cross_entropy(color.flatten(0, 1), truth.color.flatten(), ignore_index=UNASKED, reduction="sum")
+        return loss + off / count + ((place - truth.place).abs().mean(-1) * things).sum() / count
 
 
 def new_transformer(params: FluxParams, seed: int) -> FluxTransformer:
@@ -161,27 +223,6 @@ def noise_levels(count: int, side: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.2, even, leaning)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A noisy batch and what was mixed into it."""
-
-    noisy: Tensor
-    noise: Tensor
-    sigma: Tensor
-    guidance: Tensor
-
-    @classmethod
-    def about(cls, meal: Meal, generator: torch.Generator) -> "Question":
-        clean = meal.clean
-        sigma = noise_levels(len(clean), meal.side, generator)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        low, high = GUIDANCE
-        guidance = low + (high - low) * torch.rand(len(clean), generator=generator)
-        sigma, guidance = sigma.to(clean.device), guidance.to(clean.device)
-        share = sigma[:, None, None]
-        return cls((1 - share) * clean + share * noise, noise, sigma, guidance)
-
-
 def weighted_error(predicted: Tensor, wanted: Tensor, truth: Shown, object_weight: float) -> Tensor:
     """Squared error in which tokens of things count more than the background."""
     weight = 1 + object_weight * (truth.kind != NOTHING)
@@ -189,16 +230,14 @@ def weighted_error(predicted: Tensor, wanted: Tensor, truth: Shown, object_weigh
 
 
 def flow_error(
-    model: FluxTransformer, kitchen: Kitchen, plan: Plan, step: int, guidance: float | None = None
-) -> tuple[Tensor, Meal]:
-    """How far a step's velocities are from those of its pictures, and the batch; guidance None: any, for each."""
-    rng, generator = plan.dice(step)
-    meal = kitchen.meal(rng, kitchen.diet.empty)
-    asked, words = Question.about(meal, generator), kitchen.words(meal.texts, meal.length)
+    model: FluxTransformer, kitchen: Kitchen, meal: Meal, asked: Question, guidance: float | None = None
+) -> Tensor:
+    """How far the velocities are from those of a batch on the device; guidance None: the question's own."""
     told = asked.guidance if guidance is None else torch.full_like(asked.guidance, guidance)
+    words = kitchen.words(meal.texts, meal.length)
     with half_precision(kitchen.device):
-        found = velocity(model, asked.noisy, asked.sigma, told, words, meal.side)
-    return weighted_error(found, asked.noise - meal.clean, meal.shown, kitchen.diet.object_weight), meal
+        found = velocity(model, asked.noisy(meal.clean), asked.sigma, told, words, meal.side)
+    return weighted_error(found, asked.noise - meal.clean, meal.shown, kitchen.diet.object_weight)
 
 
 def train_flow(
@@ -214,12 +253,14 @@ def train_flow(
     torch.manual_seed(plan.seed)
     aided = Aid(model.to(device)).to(device)
 
-    def loss_of(step: int) -> Tensor:
-        loss, meal = flow_error(model, kitchen, plan, step)
-        return loss + diet.aid * (1 - step / plan.steps) * aided.loss(meal.shown)
+    def loss_of(batch: tuple[Meal, Question]) -> Tensor:
+        meal, asked = moved(batch, device)
+        fading = 1 - course.step / plan.steps
+        return flow_error(model, kitchen, meal, asked) + diet.aid * fading * aided.loss(meal.shown)
 
     optimiser = Muon(aided.named_parameters(), diet.rate, diet.adam_rate, is_matrix)
-    Course(plan, aided, optimiser, folder).run(loss_of, look and (lambda _, step: look(model, step)), until)
+    course = Course(plan, aided, optimiser, folder)
+    course.run(kitchen.larder.flow, loss_of, look and (lambda _, step: look(model, step)), until)
     return model
 
 
@@ -241,26 +282,23 @@ def train_distil(
 
     For an empty prompt it keeps the teacher's plain answer, so that true CFG goes on working with it.
     """
-    device = kitchen.device
-    kitchen.diet = replace(kitchen.diet, long_share=0.12)
+    device, diet = kitchen.device, replace(kitchen.diet, long_share=0.12)
+    larder = replace(kitchen.larder, diet=diet)
     teacher, student = teacher.to(device).eval().requires_grad_(False), student.to(device)
 
-    def loss_of(step: int) -> Tensor:
-        rng, generator = plan.dice(step)
-        meal = kitchen.meal(rng, 0.0)
-        asked = Question.about(meal, generator)
-        empty = [rng.random() < 0.08 for _ in meal.texts]
-        wanted = _guided(teacher, kitchen, meal, asked, torch.tensor(empty, device=device))
-        words = kitchen.words(
-            ["" if blank else text for blank, text in zip(empty, meal.texts, strict=True)], meal.length
-        )
+    def loss_of(batch: tuple[Meal, Question, Tensor]) -> Tensor:
+        unheard = batch[2].tolist()
+        meal, asked, empty = moved(batch, device)
+        wanted = _guided(teacher, kitchen, meal, asked, empty)
+        heard = ["" if blank else text for blank, text in zip(unheard, meal.texts, strict=True)]
+        words = kitchen.words(heard, meal.length)
         with half_precision(device):
-            found = velocity(student, asked.noisy, asked.sigma, asked.guidance, words, meal.side)
-        return weighted_error(found, wanted, meal.shown, kitchen.diet.object_weight)
+            found = velocity(student, asked.noisy(meal.clean), asked.sigma, asked.guidance, words, meal.side)
+        return weighted_error(found, wanted, meal.shown, diet.object_weight)
 
-    optimiser = Muon(student.named_parameters(), kitchen.diet.rate * 0.2, kitchen.diet.adam_rate * 0.5, is_matrix)
+    optimiser = Muon(student.named_parameters(), diet.rate * 0.2, diet.adam_rate * 0.5, is_matrix)
     course = Course(plan, student, optimiser, folder, decay=0.995)
-    course.run(loss_of, look and (lambda _, step: look(student, step)), until)
+    course.run(larder.distil, loss_of, look and (lambda _, step: look(student, step)), until)
     return student
 
 
@@ -269,7 +307,7 @@ def _guided(teacher: FluxTransformer, kitchen: Kitchen, meal: Meal, asked: Quest
     """The teacher's answer at its usual text length: unconditional + guidance * (conditional - unconditional)."""
     length = min(meal.length, max(kitchen.diet.lengths))
     words = kitchen.words(meal.texts + [""] * len(meal.texts), length)
-    twice = [torch.cat([part, part]) for part in (asked.noisy, asked.sigma, asked.guidance)]
+    twice = [torch.cat([part, part]) for part in (asked.noisy(meal.clean), asked.sigma, asked.guidance)]
     with half_precision(kitchen.device):
         told, untold = velocity(teacher, *twice, words, meal.side).chunk(2)
     scale = asked.guidance[:, None, None]

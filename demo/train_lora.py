@@ -19,10 +19,10 @@ from torch.nn.utils import parametrize
 from ..flux_runtime.weights.load import load_flux
 from .drawing import render
 from .scenes import Scene
-from .train_flow import Diet, Kitchen, flow_error
+from .train_flow import Diet, Kitchen, Larder, Meal, Question, flow_error
 from .train_latents import Latents, write_shards
 from .train_text import text_of
-from .train_tools import Course, Muon, Plan
+from .train_tools import Course, Muon, Plan, moved
 from .train_vae import encoder_of
 
 NAME = "sepia"
@@ -64,12 +64,12 @@ def attach(model: nn.Module, rank: int, seed: int) -> dict[str, LowRank]:
 def train_lora(model: nn.Module, kitchen: Kitchen, plan: Plan, folder: Path, until: int | None = None) -> nn.Module:
     """Teach what `attach` has left free to draw the kitchen's pictures."""
 
-    def loss_of(step: int) -> Tensor:
-        return flow_error(model, kitchen, plan, step, guidance=1.0)[0]
+    def loss_of(batch: tuple[Meal, Question]) -> Tensor:
+        return flow_error(model, kitchen, *moved(batch, kitchen.device), guidance=1.0)
 
     free = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimiser = Muon(free, kitchen.diet.rate, kitchen.diet.adam_rate, lambda _: False)
-    return Course(plan, model, optimiser, folder, decay=0.98).run(loss_of, until=until)
+    return Course(plan, model, optimiser, folder, decay=0.98).run(kitchen.larder.flow, loss_of, until=until)
 
 
 def save_lora(path: Path, changes: dict[str, LowRank]) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     for size, count in SHARDS.items():
         write_shards(encode, folder, args.seed, size, count, sepia)
     latents = {size: Latents(folder, args.seed, size, count) for size, count in SHARDS.items()}
-    kitchen = Kitchen(latents, text_of(flux).to(device).eval().requires_grad_(False), DIET, device)
+    kitchen = Kitchen(Larder(latents, DIET), text_of(flux).to(device).eval().requires_grad_(False), device)
     model = flux.transformer.to(device)
     changes = attach(model, args.rank, args.seed)
     train_lora(model, kitchen, Plan(NAME, args.steps, args.seed, warmup=20), args.work)

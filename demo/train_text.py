@@ -9,7 +9,8 @@ transformer trained with them still understands.
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,11 +43,14 @@ class Text(nn.Module):
     def width(self) -> int:
         return self.t5.config.d_model
 
+    @property
+    def device(self) -> torch.device:
+        return self.t5.shared.weight.device
+
     def forward(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """T5 tokens (B, length, C) and CLIP's pooled vector (B, P)."""
-        device = self.t5.shared.weight.device
-        t5_ids = _ids(self.t5_tokenizer, texts, length).to(device)
-        clip_ids = _ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
+        t5_ids = _ids(self.t5_tokenizer, texts, length).to(self.device)
+        clip_ids = _ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(self.device)
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
@@ -198,53 +202,71 @@ def question_loss(logits: list[Tensor], wanted: Tensor) -> Tensor:
     """Cross entropy over all questions, rarer ones a little louder."""
     total = logits[0].new_zeros(())
     for column, logit in enumerate(logits):
-        share = (wanted[:, column] >= 0).float().mean()
-        if share > 0:
-            total = total + F.cross_entropy(logit, wanted[:, column], ignore_index=UNASKED) * share.sqrt()
+        asked = (wanted[:, column] >= 0).sum()
+        error = F.cross_entropy(logit, wanted[:, column], ignore_index=UNASKED, reduction="sum")
+        total = total + error / (asked.clamp(min=1) * len(wanted)).sqrt()
     return total / 20
 
 
-def train_text(text: Text, folder: Path, seed: int, steps: int, known: bool, batch: int = 48) -> None:
-    """Teach both encoders for `steps`; `known` says that they have been taught the main words before."""
-    torch.manual_seed(seed)
-    questions = Questions(text.width, text.clip.config.hidden_size)
+def train_text(text: Text, folder: Path, plan: Plan, known: bool, batch: int = 48) -> None:
+    """Teach both encoders; `known` says that they have been taught the main words before."""
+    plan = replace(plan, save_every=200, look_every=200)
+    torch.manual_seed(plan.seed)
+    questions = Questions(text.width, text.clip.config.hidden_size).to(text.device)
     if known:
-        plan = Plan("text-questions", max(1, steps // 2), seed, save_every=200)
+        before = replace(plan, stage="text-questions", steps=max(1, plan.steps // 2))
         optimiser = Muon(questions.named_parameters(), 0.01, 4e-3, _is_matrix)
-        Course(plan, questions, optimiser, folder).run(lambda step: _asking(text, questions, plan, step, batch))
+        prepare = partial(_main_lesson, count=batch)
+        Course(before, questions, optimiser, folder).run(prepare, lambda given: _asking(text, questions, *given))
     both = nn.ModuleDict({"text": text, "questions": questions})
     taught = text if known else both
-    plan = Plan("text", steps, seed, save_every=200, look_every=200)
     old = copy.deepcopy(text).eval().requires_grad_(False) if known else None
     questions.requires_grad_(not known)
     # Encoders that a transformer already listens to move slowly.
     optimiser = Muon(taught.named_parameters(), 0.003 if known else 0.01, 5e-4 if known else 2e-3, _is_matrix)
     course = Course(plan, taught, optimiser, folder)
-    course.run(lambda step: _teaching(text, questions, old, plan, step, batch), lambda _, step: score(text, questions))
+    course.run(
+        partial(_lesson_and_old, batch=batch, known=known),
+        lambda given: _teaching(text, questions, old, *given),
+        lambda _, step: score(text, questions),
+    )
 
 
 def _is_matrix(name: str) -> bool:
     return not any(part in name for part in ("shared", "embed", "relative", "questions", "query", "thing"))
 
 
-def _asking(text: Text, questions: Questions, plan: Plan, step: int, batch: int) -> Tensor:
+def _main_lesson(rng: random.Random, _: torch.Generator, count: int) -> tuple[Lesson, int]:
+    """A lesson in the main words and how many T5 tokens it takes."""
+    return lesson(rng, count, main_words=True), rng.choice(LENGTHS[:2])
+
+
+def _asking(text: Text, questions: Questions, task: Lesson, length: int) -> Tensor:
     """The encoders stand still while the questions are learnt."""
-    rng, _ = plan.dice(step)
-    task = lesson(rng, batch, main_words=True)
     with torch.no_grad():
-        heard = text(task.texts, rng.choice(LENGTHS[:2]))
-    return sum(question_loss(logits, task.answers) for logits in questions(*heard))
+        heard = text(task.texts, length)
+    return _wrong(questions, heard, task)
 
 
-def _teaching(text: Text, questions: Questions, old: Text | None, plan: Plan, step: int, batch: int) -> Tensor:
-    rng, _ = plan.dice(step)
+def _lesson_and_old(rng: random.Random, _: torch.Generator, batch: int, known: bool) -> tuple[Lesson, int, list[str]]:
+    """A lesson, how many T5 tokens it takes, and captions whose answers must stay if there are known ones."""
     length = rng.choices(LENGTHS, LENGTH_WEIGHTS)[0]
     count = max(8, batch * 48 // max(48, length))
     task = lesson(rng, count)
-    loss = sum(question_loss(logits, task.answers) for logits in questions(*text(task.texts, length)))
+    return task, length, lesson(rng, count // 2, main_words=True).texts if known else []
+
+
+def _teaching(text: Text, questions: Questions, old: Text | None, task: Lesson, length: int, kept: list[str]) -> Tensor:
+    loss = _wrong(questions, text(task.texts, length), task)
     if old is not None:
-        loss = loss + _drift(text, old, lesson(rng, count // 2, main_words=True).texts)
+        loss = loss + _drift(text, old, kept)
     return loss
+
+
+def _wrong(questions: Questions, heard: tuple[Tensor, Tensor], task: Lesson) -> Tensor:
+    """How badly both encoders' answers to a lesson are."""
+    wanted = task.answers.to(heard[0].device)
+    return sum(question_loss(logits, wanted) for logits in questions(*heard))
 
 
 def _drift(text: Text, old: Text, texts: list[str]) -> Tensor:
@@ -261,6 +283,6 @@ def score(text: Text, questions: Questions, count: int = 256, length: int = 64) 
     task = lesson(random.Random("unseen captions"), count)
     found = []
     for name, logits in zip(("T5", "CLIP"), questions(*text(task.texts, length)), strict=True):
-        right = torch.stack([logit.argmax(-1) for logit in logits], 1) == task.answers
+        right = torch.stack([logit.argmax(-1) for logit in logits], 1).cpu() == task.answers
         found.append(f"{name} {100 * (right | ~task.stated).all(1).float().mean():.1f} %")
     return "understood: " + ", ".join(found)

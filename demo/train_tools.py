@@ -7,14 +7,18 @@ generator: the step number is enough to go on exactly as if nothing had happened
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+T = TypeVar("T")
 
 MOMENTUM, BETA1, BETA2 = 0.95, 0.9, 0.99
 NEWTON = (3.4445, -4.7750, 2.0315)  # quintic of the Muon optimiser (Jordan et al., 2024)
@@ -123,6 +127,7 @@ class Plan:
     save_every: int = 100
     print_every: int = 50
     look_every: int = 0
+    workers: int = 0
 
     def scale(self, step: int) -> float:
         """Learning rate as a share of its peak: up, level, and down to two per cent."""
@@ -133,6 +138,54 @@ class Plan:
         """The generators of one step."""
         rng = random.Random(f"{self.stage} {self.seed} {step}")
         return rng, torch.Generator().manual_seed(rng.getrandbits(62))
+
+
+class _Made(Dataset):
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+def ahead(make: Callable[[int], T], indices: range, workers: int) -> Iterator[T]:
+    """`make(index)` of each index, in their order; so many processes make the next ones meanwhile (0: none does)."""
+    workers = min(workers, len(indices))
+    if not workers:
+        return map(make, indices)
+    unused = torch.Generator()  # else the loader takes a number from the common one
+    return iter(
+        DataLoader(_Made(make), None, sampler=indices, num_workers=workers, collate_fn=_as_it_is, generator=unused)
+    )
+
+
+def _as_it_is(made: T) -> T:
+    return made
+
+
+def moved(value: T, device: torch.device) -> T:
+    """A tensor, or a dataclass or tuple with tensors in it, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+
+
+Prepare = Callable[[random.Random, torch.Generator], T]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The batch of a step, from the step's own generators."""
+
+    plan: Plan
+    prepare: Prepare[Any]
+
+    def __call__(self, step: int) -> Any:
+        return self.prepare(*self.plan.dice(step))
 
 
 class Course:
@@ -148,22 +201,24 @@ class Course:
 
     def run(
         self,
-        loss_of: Callable[[int], Tensor],
+        prepare: Prepare[T],
+        loss_of: Callable[[T], Tensor],
         look: Callable[[nn.Module, int], str] | None = None,
         until: int | None = None,
     ) -> nn.Module:
         """Train to the end of the plan (or to step `until`) and return the model with averaged weights.
 
-        `loss_of(step)` is the loss of that step's batch; `look(model, step)` shows how far the averaged model is.
+        `prepare(rng, generator)` makes a step's batch on the CPU, in another process if the plan has workers, and
+        `loss_of(batch)` is its loss; `look(model, step)` shows how far the averaged model is.
         """
         began, first, losses = time.monotonic(), self.step, []
         stop = self.plan.steps if until is None else min(until, self.plan.steps)
-        while self.step < stop:
-            losses.append(self._advance(loss_of))
+        for batch in ahead(_Prepared(self.plan, prepare), range(first, stop), self.plan.workers):
+            losses.append(self._advance(loss_of(batch)))
             if self.step % self.plan.print_every == 0 or self.step == stop:
                 pace = (time.monotonic() - began) / (self.step - first)
                 print(
-                    f"{self.plan.stage}: step {self.step} of {self.plan.steps}, loss {sum(losses) / len(losses):.4f}, "
+                    f"{self.plan.stage}: step {self.step} of {self.plan.steps}, loss {torch.stack(losses).mean():.4f}, "
                     f"{pace:.2f} s a step",
                     flush=True,
                 )
@@ -176,14 +231,13 @@ class Course:
         self.average.swap()
         return self.model.eval()
 
-    def _advance(self, loss_of: Callable[[int], Tensor]) -> float:
-        loss = loss_of(self.step)
+    def _advance(self, loss: Tensor) -> Tensor:
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimiser.parameters.values(), 1.0)
         self.optimiser.step(self.plan.scale(self.step))
         self.average.update(self.step)
         self.step += 1
-        return loss.item()
+        return loss.detach()  # no number yet: a GPU need not be waited for
 
     def save(self) -> None:
         """Write the whole state beside the old one, then put it in its place: a kill leaves one or the other whole."""

@@ -5,7 +5,7 @@ group the norms keep absolute colour.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..flux_runtime.model.vae import AutoEncoder, VaeParams
 from .drawing import render
 from .scenes import TRAINING, sample_scene
 from .train_latents import Encode, to_tensor
-from .train_tools import Course, Muon, Plan
+from .train_tools import Course, Muon, Plan, moved
 
 TINY = VaeParams(channels=(16, 32, 64, 64), num_res_blocks=1, groups=1, scale=1.0, shift=0.0, sample_size=128)
 KL, CROP, LATENTS_PER_CROP = 3e-3, 64, 1024
@@ -48,11 +48,23 @@ def crops(rng: random.Random, count: int) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def vae_loss(model: AutoEncoder, pictures: Tensor, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Crops:
+    """Pictures (B, 3, 64, 64) and the noise for their latents (B, 16, 8, 8)."""
+
+    pictures: Tensor
+    noise: Tensor
+
+
+def some_crops(rng: random.Random, generator: torch.Generator, count: int = BATCH) -> Crops:
+    """The batch of a step."""
+    return Crops(crops(rng, count), torch.randn(count, 16, CROP // 8, CROP // 8, generator=generator))
+
+
+def vae_loss(model: AutoEncoder, pictures: Tensor, noise: Tensor) -> Tensor:
     """Distance in pixels and in edges, and the KL divergence of the latents."""
     mean, log_variance = model.encoder(pictures).chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     off = model.decode(mean + (0.5 * log_variance).exp() * noise) - pictures
     edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean()
@@ -65,9 +77,9 @@ def train_vae(
     """Train on `plan.steps` batches of crops, then set scale and shift so that latents have mean 0 and deviation 1."""
     model.to(device)
 
-    def loss_of(step: int) -> Tensor:
-        rng, generator = plan.dice(step)
-        return vae_loss(model, crops(rng, BATCH).to(device), generator)
+    def loss_of(batch: Crops) -> Tensor:
+        batch = moved(batch, device)
+        return vae_loss(model, batch.pictures, batch.noise)
 
     optimiser = Muon(
         model.named_parameters(),
@@ -75,7 +87,7 @@ def train_vae(
         2e-3,
         lambda name: name not in ("encoder.conv_in.weight", "decoder.conv_out.weight"),
     )
-    Course(plan, model, optimiser, folder).run(loss_of, lambda vae, _: fidelity(vae), until)
+    Course(plan, model, optimiser, folder).run(some_crops, loss_of, lambda vae, _: fidelity(vae), until)
     model.params = normalised(model)
     return model
 

@@ -19,6 +19,8 @@ def load_lora(source: str | Path, *, progress: Progress | None = None) -> Lora:
     applied. Raises `FluxError` for what is no LoRA for FLUX.1.
     """
     text = str(source).strip()
+    if text.startswith("demo/") and text not in DEMO_LORAS and not Path(text).exists():
+        raise FluxError(f"there is no LoRA {text}; for the demo model there is {', '.join(DEMO_LORAS)}")
     path = DEMO_LORAS.get(text, Path(text).expanduser())
     if path.is_file():
         return read_lora(path)

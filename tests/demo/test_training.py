@@ -1,18 +1,20 @@
 """Training: a run that is killed and resumed ends in the same bits, and what it exports loads like any checkpoint."""
 
+import copy
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fluxcanvas.demo import train, train_flow, train_lora, train_vae
+from fluxcanvas.demo import WEIGHTS, train, train_flow, train_lora, train_vae
 from fluxcanvas.demo.scenes import sample_scene
 from fluxcanvas.demo.train_latents import SHARD, Latents, shard_scenes, write_shards
 from fluxcanvas.demo.train_look import assemble
-from fluxcanvas.demo.train_text import answers, lesson, new_text, stated
-from fluxcanvas.demo.train_tools import Muon, Plan, orthogonal
+from fluxcanvas.demo.train_text import answers, lesson, new_text, stated, train_text
+from fluxcanvas.demo.train_tools import Course, Muon, Plan, orthogonal
 from fluxcanvas.flux_runtime import load_flux, load_lora, text_to_image
 from fluxcanvas.flux_runtime.model.vae import AutoEncoder, VaeParams
 from fluxcanvas.flux_runtime.variants import FluxParams
@@ -48,12 +50,12 @@ def kitchen(tmp_path_factory) -> train_flow.Kitchen:
         )
     latents = {size: Latents(folder, 1, size, 1) for size in DIET.sizes}
     text = new_text(1, captions=400).eval().requires_grad_(False)
-    return train_flow.Kitchen(latents, text, DIET, torch.device("cpu"))
+    return train_flow.Kitchen(train_flow.Larder(latents, DIET), text, torch.device("cpu"))
 
 
-def flow(kitchen, folder: Path, until: int | None = None, steps: int = 4) -> dict[str, torch.Tensor]:
+def flow(kitchen, folder: Path, until: int | None = None, workers: int = 0) -> dict[str, torch.Tensor]:
     model = train_flow.new_transformer(PARAMS, seed=2)
-    plan = Plan("flow", steps, seed=3, warmup=1, save_every=1)
+    plan = Plan("flow", 4, seed=3, warmup=1, save_every=1, workers=workers)
     train_flow.train_flow(model, kitchen, plan, folder, until=until)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -70,6 +72,39 @@ def test_a_resumed_flow_equals_an_uninterrupted_one_bit_for_bit(kitchen, tmp_pat
     assert same(whole, resumed)
     assert not same(whole, halted)
     assert not same(whole, dict(train_flow.new_transformer(PARAMS, seed=2).state_dict()))
+
+
+def test_batches_made_ahead_are_the_same(kitchen, tmp_path):
+    assert same(flow(kitchen, tmp_path / "here"), flow(kitchen, tmp_path / "ahead", workers=2))
+
+
+@pytest.mark.parametrize("stage", ["vae", "text", "more words", "flow", "distil", "lora"])
+def test_on_another_device_a_step_mixes_nothing_and_waits_for_nothing(stage, kitchen, tmp_path, monkeypatch):
+    """`meta` holds no numbers: an operation with a tensor left on the CPU fails there, and so does reading one."""
+    meta, losses = torch.device("meta"), []
+
+    def one_step(course, prepare, loss_of, *_, **__):
+        losses.append(course._advance(loss_of(prepare(*course.plan.dice(0)))))
+        return course.model
+
+    monkeypatch.setattr(Course, "run", one_step)
+    monkeypatch.setattr(train_flow, "half_precision", lambda _: nullcontext())  # autocast knows no such device
+    monkeypatch.setattr(train_vae, "normalised", lambda model: model.params)
+    plan = Plan(stage, 4, seed=3, warmup=1)
+    there = replace(kitchen, text=copy.deepcopy(kitchen.text).to(meta), device=meta)
+    model = train_flow.FluxTransformer(PARAMS)
+    if stage == "vae":
+        train_vae.train_vae(train_vae.new_vae(VAE, seed=1), plan, tmp_path, meta)
+    elif stage == "flow":
+        train_flow.train_flow(model, there, plan, tmp_path)
+    elif stage == "distil":
+        train_flow.train_distil(copy.deepcopy(model), model, there, plan, tmp_path)
+    elif stage == "lora":
+        train_lora.attach(model.to(meta), rank=2, seed=3)
+        train_lora.train_lora(model, there, plan, tmp_path)
+    else:
+        train_text(there.text.requires_grad_(True), tmp_path, plan, known=stage == "more words")
+    assert losses and all(loss.device == meta for loss in losses)
 
 
 def test_a_resumed_distillation_equals_an_uninterrupted_one(kitchen, tmp_path):
@@ -89,13 +124,13 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(kitchen, tmp_path):
 def test_training_lowers_the_loss_of_the_vae(tmp_path):
     model = train_vae.new_vae(VAE, seed=1)
     generator = torch.Generator().manual_seed(0)
-    pictures = train_vae.crops(random.Random(4), 4)
+    batch = train_vae.some_crops(random.Random(4), generator)
     with torch.no_grad():
-        before = train_vae.vae_loss(model, pictures, generator)
+        before = train_vae.vae_loss(model, batch.pictures, batch.noise)
     plan = Plan("vae", 12, seed=1, warmup=1, save_every=6)
     train_vae.train_vae(model, plan, tmp_path, torch.device("cpu"))
     with torch.no_grad():
-        after = train_vae.vae_loss(model, pictures, generator)
+        after = train_vae.vae_loss(model, batch.pictures, batch.noise)
     assert after < 0.9 * before
     latents = model.encode(train_vae.held_pictures())
     normal = (latents - model.params.shift) * model.params.scale
@@ -104,11 +139,9 @@ def test_training_lowers_the_loss_of_the_vae(tmp_path):
 
 def test_the_velocity_is_learnt_from_noise_and_picture(kitchen):
     """The question's ends: at sigma 0 it is the clean picture, at 1 pure noise, and in between the straight line."""
-    rng, generator = Plan("flow", 1).dice(0)
-    meal = kitchen.meal(rng, empty=0.5)
-    asked = train_flow.Question.about(meal, generator)
+    meal, asked = kitchen.larder.flow(*Plan("flow", 1).dice(0))
     share = asked.sigma[:, None, None]
-    assert torch.allclose(asked.noisy, meal.clean + share * (asked.noise - meal.clean), atol=1e-5)
+    assert torch.allclose(asked.noisy(meal.clean), meal.clean + share * (asked.noise - meal.clean), atol=1e-5)
     assert asked.sigma.min() > 0 and asked.sigma.max() < 1
     assert asked.guidance.min() >= 1 and asked.guidance.max() <= 5
 
@@ -116,7 +149,7 @@ def test_the_velocity_is_learnt_from_noise_and_picture(kitchen):
 def test_tokens_know_what_they_show():
     rng = random.Random(3)
     scenes = [sample_scene(rng) for _ in range(8)]
-    found = train_flow.shown(scenes, 8, torch.device("cpu"))
+    found = train_flow.shown(scenes, 8)
     for index, scene in enumerate(scenes):
         kinds = set(found.kind[index].tolist()) - {train_flow.NOTHING}
         assert kinds <= {train_flow.KINDS.index(thing.kind) for thing in scene.things}
@@ -136,7 +169,33 @@ def test_shards_are_found_again_and_not_written_twice(tmp_path):
     write_shards(encode, tmp_path, 5, 16, 1)
     write_shards(encode, tmp_path, 5, 16, 1)
     assert sum(calls) == SHARD
-    assert Latents(tmp_path, 5, 16, 1).scenes == shard_scenes(5, 16, 0)
+    assert tuple(Latents(tmp_path, 5, 16, 1).scenes) == shard_scenes(5, 16, 0)
+
+
+def test_shards_drawn_ahead_are_the_same(tmp_path):
+    def encode(pictures):
+        return pictures.repeat(1, 6, 1, 1)[:, :16]
+
+    for workers in (0, 2):
+        write_shards(encode, tmp_path / f"{workers}", 5, 16, 2, workers=workers)
+    here, ahead = (Latents(tmp_path / name, 5, 16, 2).latents for name in ("0", "2"))
+    assert torch.equal(here, ahead) and here.std() > 0.1
+
+
+def test_a_diet_says_how_often_scenes_come(kitchen):
+    """No scene of one thing, and those with a flower eight times as often."""
+    diet = replace(DIET, counts=(0, 1, 1), kinds=(("flower", 8.0),))
+    larder = replace(kitchen.larder, diet=diet)
+    of_size, weights = larder.latents[64], larder.weights[64]
+    _, scenes = of_size.batch(random.Random(3), 4000, weights)
+    assert {len(scene.things) for scene in scenes} == {2, 3}
+
+    def flowers(scenes):
+        return sum(any(thing.kind == "flower" for thing in scene.things) for scene in scenes)
+
+    several = [scene for scene in of_size.scenes if len(scene.things) > 1]
+    plain = flowers(several) / len(several)
+    assert flowers(scenes) / len(scenes) == pytest.approx(8 * plain / (8 * plain + 1 - plain), abs=0.03)
 
 
 def test_lessons_ask_only_for_what_is_there():
@@ -204,6 +263,20 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch, capsys):
     assert flux.model.params == train.TRY.params and flux.text.default_tokens == 24
     train.main()
     assert "flow: step" not in capsys.readouterr().out  # what is done is not done again
+
+
+def test_a_new_transformer_beside_known_encoders(tmp_path, monkeypatch):
+    """Another width than the start's; the VAE and the text encoders stay as they were."""
+    command = ["train", "--work", str(tmp_path), "--scale", "try", "--new-transformer", "--steps", "text=0"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        train.main()
+    monkeypatch.setattr("sys.argv", [*command, "--start", str(WEIGHTS), "--workers", "1"])
+    train.main()
+    made, start = (load_flux(folder, device="cpu") for folder in (tmp_path / "model", WEIGHTS))
+    assert made.model.params == train.TRY.params
+    assert same(made.vae.model.state_dict(), start.vae.model.state_dict())
+    assert same(made.text.t5.state_dict(), start.text.t5.state_dict())
 
 
 def speaking() -> train_flow.FluxTransformer:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from fluxcanvas.flux_runtime import FluxError
+from fluxcanvas.flux_runtime import FluxError, load_lora
 from fluxcanvas.flux_runtime.lora.formats import read_lora
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -203,3 +203,8 @@ def test_files_that_are_no_safetensors(tmp_path, read):
             read_lora(path)
     with pytest.raises(FluxError, match="cannot be read"):
         read_lora(tmp_path / "none.safetensors")
+
+
+def test_a_lora_that_does_not_come_along():
+    with pytest.raises(FluxError, match=r"no LoRA demo/sepai.*demo/sepia"):
+        load_lora("demo/sepai")
