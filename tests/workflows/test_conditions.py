@@ -94,7 +94,7 @@ def test_what_is_stitched_back_leaves_the_rest_as_it_was(bench, levels):
 def test_two_halves_of_a_run_are_a_run(bench, distance):
     """One prompt in both, and the second adds no noise: the picture of one Sample, but for rounding on the way."""
     prompt = "a red house on a green meadow"
-    seed, steps = "Sample.seed=6", "Sample.steps=16"
+    seed, steps = "Sample.seed=1", "Sample.steps=16"
     whole = bench.picture("text-to-image", seed, steps, f"Prompt.prompt={prompt}")
     assert distance(whole, bench.picture("draw-twice", f"Second prompt.prompt={prompt}")) < 0.05
     assert distance(whole, bench.picture("draw-twice")) > 5
