@@ -117,7 +117,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a stage runs and how often it speaks and saves, all in steps."""
+    """How long a stage runs and how often it speaks and saves, all in steps; and how many processes prepare batches."""
 
     stage: str
     steps: int
