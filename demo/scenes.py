@@ -91,26 +91,42 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often what is drawn: weights of one, two and three things, factors per kind, share of things on one line."""
+    """How often what is drawn: weights of the backgrounds, of one, two and three things, of small, usual and large
+    ones, factors per kind; how strictly kinds keep to the backgrounds where they are likely (0: not at all), the share
+    of things on one line, the chance to be in the sky instead of on the ground or the other way round, and a factor on
+    the chance of a kind's usual colour."""
 
+    backgrounds: tuple[float, ...] = (5, 5, 4, 5, 4, 4)
     counts: tuple[float, float, float] = (4, 5, 3)
+    sizes: tuple[float, float, float] = (1, 3, 1)
     factors: tuple[tuple[str, float], ...] = ()
+    belonging: float = 1.0
     same_row: float = 0.0
+    misplaced: float = 0.05
+    usual_color: float = 1.0
 
 
 USUAL = Mixture()
-# What the first weights were weakest at comes more often in training; held-out captions are always drawn from USUAL.
+# What models are weakest at comes more often in training: what is seldom seen together, on plain paper, small, in a
+# line, or in an unusual place or colour. Held-out captions are always drawn from USUAL.
 TRAINING = Mixture(
-    counts=(3, 5, 4), factors=(("flower", 2.0), ("fish", 2.0), ("car", 1.4), ("boat", 1.2)), same_row=0.15
+    backgrounds=(4, 4, 3, 4, 4, 8),
+    counts=(2, 5, 5),
+    sizes=(3, 4, 2),
+    factors=(("flower", 1.8), ("fish", 2.0), ("car", 2.0), ("boat", 1.2), ("heart", 1.3), ("star", 1.3)),
+    belonging=0.5,
+    same_row=0.2,
+    misplaced=0.15,
+    usual_color=0.7,
 )
 
 
 def sample_scene(rng: random.Random, mixture: Mixture = USUAL) -> Scene:
     """A random scene; every choice comes from `rng`."""
-    background = rng.choices(BACKGROUNDS, (5, 5, 4, 5, 4, 4))[0]
+    background = rng.choices(BACKGROUNDS, mixture.backgrounds)[0]
     paper = rng.choice(COLOR_NAMES) if background == "plain" else None
     kinds = _kinds(rng, background, mixture)
-    things = [_thing(rng, kind, paper) for kind in kinds]
+    things = [_thing(rng, kind, paper, mixture) for kind in kinds]
     if background == "plain":
         things = _free_rows(rng, things)
     things = _place(rng, things, background)
@@ -125,25 +141,26 @@ def _kinds(rng: random.Random, background: str, mixture: Mixture) -> list[str]:
     if count > 1 and rng.random() < mixture.same_row:
         pool = rng.choice((SKY_KINDS, GROUND_KINDS))
     factors, likely, kinds = dict(mixture.factors), LIKELY[background], []
+    weights = [likely.get(kind, 1) ** mixture.belonging * factors.get(kind, 1) for kind in pool]
     while len(kinds) < count:
-        kind = rng.choices(pool, [likely.get(kind, 1) * factors.get(kind, 1) for kind in pool])[0]
+        kind = rng.choices(pool, weights)[0]
         if kind not in kinds:
             kinds.append(kind)
     return kinds
 
 
-def _thing(rng: random.Random, kind: str, paper: str | None) -> Thing:
+def _thing(rng: random.Random, kind: str, paper: str | None, mixture: Mixture) -> Thing:
     usual = USUAL_COLOR.get(kind)
     often = 0.5 if kind in ("tree", "star", "cloud", "heart") else 0.8
-    if usual and usual != paper and rng.random() < often:
+    if usual and usual != paper and rng.random() < often * mixture.usual_color:
         color = usual
     else:
         allowed = ALLOWED_COLORS.get(kind, COLOR_NAMES)
         color = rng.choice([name for name in allowed if name != paper])
     row = "top" if kind in SKY_KINDS else "bottom"
-    if rng.random() < (0.4 if kind == "heart" else 0.05):
+    if rng.random() < (0.4 if kind == "heart" else mixture.misplaced):
         row = "bottom" if row == "top" else "top"
-    size = rng.choices(("small", "", "large"), (1, 3, 1))[0]
+    size = rng.choices(tuple(SIZES), mixture.sizes)[0]
     return Thing(kind, color, size, row, variation=rng.random(), flipped=rng.random() < 0.5)
 
 

@@ -54,9 +54,7 @@ CPU = Scale(
     shards={128: 84, 256: 36},
     params=train_flow.TINY,
     diet=Diet(),
-    continued=Diet(
-        rate=0.010, adam_rate=1e-3, size_weights=(1.3, 1), counts=(0.4, 1, 1.5), kinds=(("flower", 1.5), ("star", 1.2))
-    ),
+    continued=Diet(rate=0.010, adam_rate=1e-3, size_weights=(2, 1)),
 )
 GPU = Scale(
     steps={"vae": 30000, "text": 6000, "flow": 24000, "distil": 3000},

@@ -1,11 +1,8 @@
 """Stages "flow" and "distil": a rectified flow on latents, then its guidance folded into the guidance embedding."""
 
-import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -38,15 +35,12 @@ UNHEARD = 0.08  # the share of captions that the distilled model is not told
 
 @dataclass(frozen=True)
 class Diet:
-    """What the transformer is fed: picture sizes with weights and batches, how often scenes of one, two and three
-    things and of each kind come, T5 lengths with weights (long ones in the distillation too, so that prompts padded to
-    512 tokens work), and what counts how much."""
+    """What the transformer is fed: picture sizes with weights and batches, T5 lengths with weights (long ones in the
+    distillation too, so that prompts padded to 512 tokens work), and what counts how much."""
 
     sizes: tuple[int, ...] = (128, 256)
     size_weights: tuple[float, ...] = (1, 1)
     batches: tuple[int, ...] = (40, 12)
-    counts: tuple[float, float, float] = (1, 1, 1)
-    kinds: tuple[tuple[str, float], ...] = ()
     lengths: tuple[int, ...] = (32, 48, 64)
     length_weights: tuple[float, ...] = (2, 5, 3)
     long_lengths: tuple[int, ...] = (128, 256, 512)
@@ -56,10 +50,6 @@ class Diet:
     aid: float = 0.1
     rate: float = 0.015
     adam_rate: float = 1.5e-3
-
-    def weight(self, scene: Scene) -> float:
-        """How often a scene comes. A caption tells things and their number, so the flow of each stays the same."""
-        return self.counts[len(scene.things) - 1] * math.prod(dict(self.kinds).get(t.kind, 1) for t in scene.things)
 
 
 @dataclass(frozen=True)
@@ -110,11 +100,6 @@ class Larder:
     latents: Mapping[int, Latents]
     diet: Diet
 
-    @cached_property
-    def weights(self) -> dict[int, list[float]]:
-        """Of every size, the scenes' weights summed up."""
-        return {size: list(accumulate(map(self.diet.weight, of.scenes))) for size, of in self.latents.items()}
-
     def flow(self, rng: random.Random, generator: torch.Generator) -> tuple[Meal, Question]:
         """A batch for the flow, in which some captions are empty."""
         meal = self.meal(rng, self.diet.empty)
@@ -135,7 +120,7 @@ class Larder:
             length = rng.choice(diet.long_lengths)
             canvas = (size // 16) ** 2
             count = max(2, count * (canvas + 64) // (canvas + length))
-        latents, scenes = self.latents[size].batch(rng, count, self.weights[size])
+        latents, scenes = self.latents[size].batch(rng, count)
         texts = ["" if rng.random() < empty else caption(scene, rng).text for scene in scenes]
         return Meal(pack(latents), texts, shown(scenes, size // 16), size // 8, length)
 

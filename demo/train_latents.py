@@ -97,7 +97,7 @@ class Latents:
             [load_file(shard_path(folder, seed, size, index))["latents"] for index in range(count)]
         )
 
-    def batch(self, rng: random.Random, count: int, weights: Sequence[float]) -> tuple[Tensor, list[Scene]]:
-        """`count` scenes at random by their summed-up weights, with their latents in float32."""
-        chosen = rng.choices(range(len(self.scenes)), cum_weights=weights, k=count)
+    def batch(self, rng: random.Random, count: int) -> tuple[Tensor, list[Scene]]:
+        """`count` scenes at random, with their latents in float32."""
+        chosen = rng.choices(range(len(self.scenes)), k=count)
         return self.latents[chosen].float(), [self.scenes[index] for index in chosen]

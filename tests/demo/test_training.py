@@ -182,22 +182,6 @@ def test_shards_drawn_ahead_are_the_same(tmp_path):
     assert torch.equal(here, ahead) and here.std() > 0.1
 
 
-def test_a_diet_says_how_often_scenes_come(kitchen):
-    """No scene of one thing, and those with a flower eight times as often."""
-    diet = replace(DIET, counts=(0, 1, 1), kinds=(("flower", 8.0),))
-    larder = replace(kitchen.larder, diet=diet)
-    of_size, weights = larder.latents[64], larder.weights[64]
-    _, scenes = of_size.batch(random.Random(3), 4000, weights)
-    assert {len(scene.things) for scene in scenes} == {2, 3}
-
-    def flowers(scenes):
-        return sum(any(thing.kind == "flower" for thing in scene.things) for scene in scenes)
-
-    several = [scene for scene in of_size.scenes if len(scene.things) > 1]
-    plain = flowers(several) / len(several)
-    assert flowers(scenes) / len(scenes) == pytest.approx(8 * plain / (8 * plain + 1 - plain), abs=0.03)
-
-
 def test_lessons_ask_only_for_what_is_there():
     task = lesson(random.Random(2), 16)
     assert task.answers.shape == task.stated.shape == (16, 2 + 12 * 5)
