@@ -22,8 +22,10 @@ from .captions import Caption, caption
 from .drawing import render
 from .judge import QUESTIONS, Grade, grade, look
 from .scenes import sample_scene
+from .words import RELATIONS
 
 HELD_OUT = "held-out captions"
+GROUPS = (*(f"{count} things" for count in (1, 2, 3)), *(f"relation {kind}" for kind in RELATIONS))
 
 
 @dataclass(frozen=True)
@@ -52,25 +54,34 @@ def figures(grades: Sequence[Grade]) -> Figures:
     )
 
 
-def held_out(count: int, seed: str = HELD_OUT, main_words: bool = False) -> list[tuple[Image.Image, Caption]]:
-    """Captions kept out of training, with a real 128 px render of the scene that each was made for."""
+def held_out(
+    count: int, seed: str = HELD_OUT, main_words: bool = False, group: str | None = None
+) -> list[tuple[Image.Image, Caption]]:
+    """Captions kept out of training, with a real 128 px render of the scene that each was made for; all or of a group
+    (`groups`)."""
     rng, found = random.Random(seed), []
-    for _ in range(count):
+    while len(found) < count:
         scene = sample_scene(rng)
-        found.append((render(scene), caption(scene, rng, main_words)))
+        told = caption(scene, rng, main_words)
+        if group is None or group in groups(told):
+            found.append((render(scene), told))
     return found
 
 
+def groups(told: Caption) -> list[str]:
+    """What sorts of caption it belongs to: "3 things", "relation beside"."""
+    return [f"{len(told.facts.things)} things", *sorted({f"relation {one.kind}" for one in told.facts.relations})]
+
+
 def by_group(grades: Sequence[Grade], captions: Sequence[Caption]) -> dict[str, float]:
-    """Per cent all right by the number of things, and per cent there by kind."""
-    groups: dict[str, list[bool]] = {}
+    """Per cent all right by group, and per cent there by kind."""
+    answers: dict[str, list[bool]] = {}
     for one, told in zip(grades, captions, strict=True):
-        groups.setdefault(f"{len(told.facts.things)} things", []).append(one.right)
-        for relation in {relation.kind for relation in told.facts.relations}:
-            groups.setdefault(f"relation {relation}", []).append(one.right)
+        for group in groups(told):
+            answers.setdefault(group, []).append(one.right)
         for stated, there in zip(told.facts.things, one.answers["there"], strict=True):
-            groups.setdefault(stated.kind, []).append(there)
-    return {name: round(100 * sum(found) / len(found), 1) for name, found in sorted(groups.items())}
+            answers.setdefault(stated.kind, []).append(there)
+    return {name: round(100 * sum(found) / len(found), 1) for name, found in sorted(answers.items())}
 
 
 Draw = Callable[[list[str], int], list[Image.Image]]
@@ -100,7 +111,7 @@ def _model(weights: Path, size: int, steps: int, guidance: float, tokens: int | 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """All figures of the command line: judge, chance and model."""
-    real = held_out(args.captions, main_words=args.main_words)
+    real = held_out(args.captions, main_words=args.main_words, group=args.group)
     images, captions = [image for image, _ in real], [told for _, told in real]
     seen = look(images)
     grades = [grade(one, told.facts) for one, told in zip(seen, captions, strict=True)]
@@ -129,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--main-words", action="store_true", help="captions without the rarer synonyms")
+    parser.add_argument("--group", choices=GROUPS, help="captions of this sort alone")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=3.5)

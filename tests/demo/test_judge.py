@@ -10,7 +10,7 @@ from PIL import Image
 from fluxcanvas.demo import judge
 from fluxcanvas.demo.captions import caption
 from fluxcanvas.demo.drawing import render
-from fluxcanvas.demo.evaluation import figures, held_out
+from fluxcanvas.demo.evaluation import GROUPS, by_group, figures, groups, held_out
 from fluxcanvas.demo.scenes import sample_scene
 
 SEED = "renders that neither training nor the published figures use"
@@ -81,3 +81,12 @@ def test_a_thing_drawn_twice_is_told():
         twice = replace(scene, things=(first, replace(second, kind=first.kind, color=first.color)))
         told += judge.look([render(twice)])[0].things.get(first.kind, judge.SeenThing("", 0, 0, 0, False)).doubled
     assert told >= 30
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_captions_of_one_sort_are_those_among_all(renders, group):
+    among = [told for _, told in renders if group in groups(told)]
+    some = held_out(3, SEED, group=group)
+    assert [told for _, told in some] == among[:3] and 3 <= len(among) < 100
+    grades = grades_of(*zip(*some, strict=True))
+    assert by_group(grades, among[:3])[group] == pytest.approx(figures(grades).all, abs=0.1)
