@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from PIL import Image
@@ -34,7 +35,8 @@ def shard_scenes(seed: int, size: int, index: int) -> tuple[Scene, ...]:
 
 
 def shard_path(folder: Path, seed: int, size: int, index: int) -> Path:
-    return folder / f"latents-{seed}-{size}-{index:04d}.safetensors"
+    """Named after the mixture too: with another one the same seed composes other scenes."""
+    return folder / f"latents-{crc32(repr(TRAINING).encode()):08x}-{seed}-{size}-{index:04d}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,12 @@ def test_each_region_has_its_own_prompt(bench, levels):
     assert seen.things["house"].color == "white" and seen.things["moon"].x > 0.5
 
 
+def test_the_demo_lora_keeps_what_the_picture_shows(bench):
+    pictures = bench.pictures("lora-demo")
+    seen = judge.look([image for name in ("fluxcanvas-plain", "fluxcanvas-sepia") for image in pictures[name]])
+    assert [set(one.things) for one in seen] == [{"house", "balloon"}] * 2
+
+
 def test_a_picture_that_does_not_pass_the_check_is_not_saved(bench, monkeypatch):
     def refuse(self, images):
         raise FluxError("picture 1 of 1 shows a brand")
